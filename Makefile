@@ -1,0 +1,43 @@
+# Everything runs in .venv, made from the pinned versions in constraints.txt; no CUDA and no GPU needed.
+# PYTHON picks the interpreter (>= 3.10). RESONA_USE_CUDA, MAX_JOBS and pip's own variables are honoured.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml resona_ext/version.py
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+build: build/.installed  ## compile the operators and install the package into .venv
+
+demo: build  ## train, search a document, time the operator, save demo.png
+	$(BIN)/python -m resona_ext demo
+
+test: build  ## run all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready  ## check style of Python and C++
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+format: .venv/.ready  ## rewrite Python and C++ in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+clean:  ## remove build products and the environment
+	rm -rf .venv build dist resona_ext.egg-info resona_ext/*.so demo.png
+
+.venv/.ready: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "resona_ext: expected Python >= 3.10, got " + sys.version)'
+	$(PYTHON) -m venv .venv || { echo "resona_ext: '$(PYTHON) -m venv' failed; on Debian install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet -r constraints.txt
+	@touch $@
+
+build/.installed: .venv/.ready $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@mkdir -p build && touch $@

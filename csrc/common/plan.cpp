@@ -1,0 +1,80 @@
+#include "common/plan.h"
+
+#include <algorithm>
+
+namespace resona {
+namespace {
+
+constexpr int64_t kTasksPerThread = 4;           // enough to balance causal work
+constexpr int64_t kAccumulatorBytes = 16 << 20;  // per thread; beyond it the gain is gone
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t padded(int64_t n) { return ceil_div(n, 16) * 16; }
+
+// The largest block, a multiple of `unit`, that still leaves every thread several tasks.
+int64_t balanced(int64_t total, int64_t lanes, int64_t unit, int64_t most, const Device& device) {
+  const int64_t tasks = std::max<int64_t>(1, device.threads * kTasksPerThread / std::max<int64_t>(1, lanes));
+  return std::clamp(ceil_div(ceil_div(total, tasks), unit) * unit, unit, most);
+}
+
+int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+}  // namespace
+
+PoolPlan plan_pool(const Shape& s, const Device& device) {
+  const int64_t chunks = s.context / s.chunk_size;
+  return {"chunk_rows", "one pass over the context, fp32 sums in token order",
+          balanced(chunks, s.batch * s.retrieval_heads, 1, 256, device)};
+}
+
+SearchPlan plan_search(const Shape& s, DType embedding_dtype, const Device& device) {
+  const int64_t lanes = s.batch * s.retrieval_heads;
+  SearchPlan plan;
+  plan.query_block = balanced(s.queries, lanes, 6, 192, device);
+  plan.chunk_block = 64;
+  if (embedding_dtype == DType::kFloat64) {
+    plan.kernel = "exhaustive";
+    plan.reason = "float64 embeddings: every score is canonical";
+  } else {
+    plan.kernel = "filter_refine";
+    plan.reason = "fp32 scores with a proven error bound pass over chunks that cannot enter the top k";
+  }
+  return plan;
+}
+
+AttendPlan plan_attend(const Shape& s, DType dtype, const Device& device) {
+  AttendPlan plan;
+  plan.kernel = "chunk_stationary";
+  plan.reason = "a chunk's keys and values are packed once and meet all queries that selected it";
+  plan.row_tile = 48;
+  plan.key_tile = std::min<int64_t>(padded(s.chunk_size), 128);
+  const int64_t chunks = std::max<int64_t>(1, s.context / s.chunk_size);
+  const int64_t group = s.heads / std::max<int64_t>(1, s.kv_heads);
+  // Packing pays when a chunk meets about a row tile of queries inside one range.
+  const int64_t wanted = ceil_div(plan.row_tile * chunks, std::max<int64_t>(1, s.top_k * group));
+  const int64_t row_bytes = padded(s.head_dim) * accumulator_size(dtype) * group;
+  const int64_t affordable = std::max<int64_t>(64, kAccumulatorBytes / std::max<int64_t>(1, row_bytes));
+  const int64_t fair = balanced(s.queries, s.batch * s.kv_heads, 64, int64_t{1} << 31, device);
+  plan.query_range = std::clamp<int64_t>(std::max<int64_t>(wanted, 1024), 64, std::min(affordable, fair));
+  plan.list_chunks = balanced(chunks, s.batch * s.kv_heads, 1, 64, device);
+  return plan;
+}
+
+Plan make_plan(const Shape& s, DType dtype, DType embedding_dtype, const Device& device) {
+  Plan plan{plan_pool(s, device), plan_search(s, embedding_dtype, device), plan_attend(s, dtype, device), 0};
+  const int64_t width = accumulator_size(dtype), group = s.heads / std::max<int64_t>(1, s.kv_heads);
+  const int64_t dim = padded(s.head_dim), embedding = padded(s.retrieval_dim);
+  const int64_t search = (2 * plan.search.query_block + 2 * plan.search.chunk_block) * embedding * width +
+                         plan.search.query_block * (plan.search.chunk_block * width +
+                                                    std::min(s.top_k, s.context / s.chunk_size) * 12);
+  const AttendPlan& a = plan.attend;
+  const int64_t attend = a.query_range * (group * (dim + 2) * width + s.top_k * 16) +
+                         (2 * a.key_tile + 2 * a.row_tile) * dim * width + a.row_tile * a.key_tile * width;
+  const int64_t chunk_tensor =
+      s.batch * (s.context / s.chunk_size) * s.retrieval_heads * s.retrieval_dim * size_of(embedding_dtype);
+  plan.workspace_bytes = device.threads * std::max(search, attend) + chunk_tensor;
+  return plan;
+}
+
+}  // namespace resona

@@ -1,0 +1,127 @@
+// What a kernel is asked to do, as plain data. Shapes use the letters of the operator contract: B batch,
+// T queries, L context tokens, H query heads, Hkv key/value heads, D head dim, R retrieval heads,
+// E retrieval dim, S chunk size, k chunks per query, C = L / S chunks.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace resona {
+
+enum class DType { kFloat32, kFloat16, kBFloat16, kFloat64 };
+
+inline int64_t size_of(DType type) {
+  switch (type) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+// A head-last tensor [B, tokens, heads, dim] with a contiguous last dimension. Strides in elements.
+struct Rows {
+  const void* data;
+  int64_t batch_stride, token_stride, head_stride;
+  DType dtype;
+
+  const void* at(int64_t batch, int64_t token, int64_t head) const {
+    const int64_t element = batch * batch_stride + token * token_stride + head * head_stride;
+    return static_cast<const char*>(data) + element * size_of(dtype);
+  }
+};
+
+// The same, to be written.
+struct MutableRows {
+  void* data;
+  int64_t batch_stride, token_stride, head_stride;
+  DType dtype;
+
+  void* at(int64_t batch, int64_t token, int64_t head) const {
+    const int64_t element = batch * batch_stride + token * token_stride + head * head_stride;
+    return static_cast<char*>(data) + element * size_of(dtype);
+  }
+};
+
+// One sequence: a batch entry, or one of several packed into batch entry 0. Its chunk grid begins at
+// `token_begin`; its queries stand at the end of its context.
+struct Sequence {
+  int64_t batch;
+  int64_t query_begin, query_count;  // rows of the query tensor
+  int64_t token_begin, token_count;  // rows of the key, value and context tensors
+  int64_t chunk_begin;               // row of the chunk tensor that holds its chunk 0
+
+  int64_t position(int64_t query) const { return query - query_begin + token_count - query_count; }
+};
+
+struct Shape {
+  int64_t batch, queries, context;         // B, T, L
+  int64_t heads, kv_heads, head_dim;       // H, Hkv, D
+  int64_t retrieval_heads, retrieval_dim;  // R, E
+  int64_t chunk_size, top_k;               // S, k
+};
+
+struct PoolProblem {
+  Shape shape;
+  const std::vector<Sequence>* sequences;
+  Rows context;        // [B, L, R, E]
+  MutableRows chunks;  // [B, C, R, E]
+};
+
+struct PoolBackwardProblem {
+  Shape shape;
+  const std::vector<Sequence>* sequences;
+  Rows context;                  // [B, L, R, E]
+  Rows chunk_gradient;           // [B, C, R, E]
+  MutableRows context_gradient;  // [B, L, R, E], zero on entry
+};
+
+struct RetrieveProblem {
+  Shape shape;
+  const std::vector<Sequence>* sequences;
+  Rows query;        // [B, T, R, E]
+  Rows chunks;       // [B, C, R, E]
+  int32_t* indices;  // [B, T, R, k]
+  void* scores;      // [B, T, R, k] float, or double for float64 embeddings
+};
+
+struct RetrieveBackwardProblem {
+  Shape shape;
+  const std::vector<Sequence>* sequences;
+  Rows query;                  // [B, T, R, E]
+  Rows chunks;                 // [B, C, R, E]
+  const int32_t* indices;      // [B, T, R, k]
+  const void* score_gradient;  // [B, T, R, k]
+  MutableRows query_gradient;  // [B, T, R, E]
+  MutableRows chunk_gradient;  // [B, C, R, E], zero on entry
+};
+
+struct AttendProblem {
+  Shape shape;
+  const std::vector<Sequence>* sequences;
+  Rows query;              // [B, T, H, D]
+  Rows key, value;         // [B, L, Hkv, D]
+  const int32_t* indices;  // [B, T, R, k]
+  const void* bias;        // [B, T, R, k] of bias_dtype, or null
+  DType bias_dtype;        // float32 or float64
+  const void* bias_scale;  // [R] factor of the bias, or null for 1; float, or double for float64 queries
+  const void* sink;        // [H], or null; float, or double for float64 queries
+  double scale;            // factor of <query, key>
+  MutableRows out;         // [B, T, H, D]
+  void* lse;               // [B, T, H] float, or double for float64 queries
+};
+
+struct AttendBackwardProblem {
+  AttendProblem forward;       // `out` and `lse` hold the results of the forward pass
+  Rows out_gradient;           // [B, T, H, D]
+  const void* lse_gradient;    // [B, T, H], or null
+  MutableRows query_gradient;  // [B, T, H, D]
+  MutableRows key_gradient;    // [B, L, Hkv, D], zero on entry
+  MutableRows value_gradient;  // [B, L, Hkv, D], zero on entry
+  void* bias_gradient;         // [B, T, R, k], or null; of bias_dtype
+  void* sink_gradient;         // [H], or null
+};
+
+}  // namespace resona

@@ -1,0 +1,298 @@
+// Gradients of attention, in three passes over the saved indices and log-sum-exp. Weights are recomputed
+// in both of the last two passes: that costs two more products per tile, and in return each gradient has
+// one owner, so there are no atomics, no partial results, and the same bits for any number of threads.
+//
+//   delta      per row: <d out, out> - d lse
+//   queries    a task owns a range of queries of one retrieval head: d query, d bias
+//   chunks     a task owns some chunks of one key/value head: d key, d value
+//
+//   weight = exp(scale <query, key> + bias - lse)
+//   d logit = weight (<d out, value> - delta)
+//   d query = scale d logit key     d key = scale d logit^T query     d value = weight^T d out
+#include <cmath>
+
+#include "cpu/attend_tile.h"
+#include "cpu/stages.h"
+
+namespace resona::cpu {
+namespace {
+
+// The lists of one pass over chunks are held for as many sequences as fit; a single one may exceed it.
+constexpr int64_t kListBytes = 256 << 20;
+
+template <class A>
+struct Scratch {
+  Scratch(const Shape& s, const AttendPlan& plan, int64_t accumulator_rows) {
+    const int64_t dim = padded(s.head_dim), keys = padded(plan.key_tile), rows = plan.row_tile;
+    accumulator = Buffer<A>(accumulator_rows * dim);
+    for (Buffer<A>* keys_by_dim :
+         {&key, &key_transposed, &value, &value_transposed, &key_gradient, &value_gradient})
+      *keys_by_dim = Buffer<A>(keys * dim);
+    for (Buffer<A>* rows_by_dim : {&query, &out_gradient, &product}) *rows_by_dim = Buffer<A>(rows * dim);
+    for (Buffer<A>* rows_by_keys : {&weight, &logit_gradient}) *rows_by_keys = Buffer<A>(rows * keys);
+    for (Buffer<A>* per_row : {&bias, &lse, &delta, &gradient_sum}) *per_row = Buffer<A>(rows);
+  }
+  Buffer<A> accumulator;                                   // d query of one range, [queries, G, D]
+  Buffer<A> key, key_transposed, value, value_transposed;  // of one key tile
+  Buffer<A> key_gradient, value_gradient;                  // of one key tile
+  Buffer<A> query, out_gradient, product;                  // of one row tile
+  Buffer<A> weight, logit_gradient;                        // [row_tile, key_tile]
+  Buffer<A> bias, lse, delta, gradient_sum;                // [row_tile]
+};
+
+template <class A>
+struct Pass {
+  const AttendBackwardProblem& p;
+  const AttendPlan& plan;
+  const A* delta;  // [B, T, H]
+
+  const Shape& shape() const { return p.forward.shape; }
+  int64_t group() const { return shape().heads / shape().kv_heads; }
+  int64_t width() const { return padded(shape().head_dim); }
+};
+
+template <class A>
+void load_key_tile(const Pass<A>& pass, const Sequence& sequence, int64_t kv_head, int64_t token,
+                   int64_t count, Scratch<A>& s) {
+  const int64_t dim = pass.shape().head_dim;
+  load_tokens(pass.p.forward.key, sequence, kv_head, token, count, dim, s.key.data());
+  transpose_tokens(s.key.data(), count, dim, s.key_transposed.data());
+  load_tokens(pass.p.forward.value, sequence, kv_head, token, count, dim, s.value.data());
+  transpose_tokens(s.value.data(), count, dim, s.value_transposed.data());
+}
+
+// Fills s.query, s.out_gradient, s.weight, s.logit_gradient and s.gradient_sum for one tile.
+template <class A>
+void recompute(const Pass<A>& pass, const RowTile& tile, int64_t key_count, Scratch<A>& s) {
+  const AttendProblem& f = pass.p.forward;
+  const int64_t dim = pass.shape().head_dim, width = pass.width(), keys = padded(key_count);
+  const Kernels<A>& kernel = kernels<A>();
+  gather_rows(tile, f.query, dim, s.query.data());
+  gather_rows(tile, pass.p.out_gradient, dim, s.out_gradient.data());
+  gather_bias(f, tile, s.bias.data());
+  for (int64_t i = 0; i < tile.count; ++i) {
+    const int64_t at = head_offset(pass.shape(), tile.sequence->batch, tile.query(i), tile.head(i));
+    s.lse[i] = static_cast<const A*>(f.lse)[at];
+    s.delta[i] = pass.delta[at];
+  }
+  kernel.gemm({tile.count, keys, dim, s.query.data(), width, 1, s.key_transposed.data(), keys,
+               s.weight.data(), keys, false});
+  kernel.gemm({tile.count, keys, dim, s.out_gradient.data(), width, 1, s.value_transposed.data(), keys,
+               s.logit_gradient.data(), keys, false});
+  kernel.softmax_backward({tile.count, key_count, keys, s.weight.data(), s.logit_gradient.data(),
+                           static_cast<A>(f.scale), s.bias.data(), s.lse.data(), s.delta.data(),
+                           s.gradient_sum.data()});
+}
+
+template <class A>
+void compute_delta(const AttendBackwardProblem& p, A* delta, const Executor& executor) {
+  const Shape& s = p.forward.shape;
+  constexpr int64_t kBlock = 256;
+  const auto tasks = make_tasks(*p.forward.sequences, s.heads, kBlock, query_extent);
+  const Rows out{p.forward.out.data, p.forward.out.batch_stride, p.forward.out.token_stride,
+                 p.forward.out.head_stride, p.forward.out.dtype};
+  for_each_task(
+      executor, static_cast<int64_t>(tasks.size()), [&] { return Buffer<A>(2 * s.head_dim); },
+      [&](Buffer<A>& row, int64_t i) {
+        const Task& task = tasks[i];
+        const int64_t batch = task.sequence->batch;
+        for (int64_t query = task.begin; query < task.end; ++query) {
+          A* a = row.data();
+          A* b = a + s.head_dim;
+          kernels<A>().load_row(out.dtype, out.at(batch, query, task.head), a, s.head_dim);
+          kernels<A>().load_row(p.out_gradient.dtype, p.out_gradient.at(batch, query, task.head), b,
+                                s.head_dim);
+          const int64_t at = head_offset(s, batch, query, task.head);
+          const A lse = p.lse_gradient == nullptr ? A(0) : static_cast<const A*>(p.lse_gradient)[at];
+          delta[at] = static_cast<A>(kernels<A>().canonical_dot(a, b, s.head_dim)) - lse;
+        }
+      });
+}
+
+// d sink = -sum over rows of exp(sink - lse) delta, in row order.
+template <class A>
+void sink_gradient(const AttendBackwardProblem& p, const A* delta, const Executor& executor) {
+  const Shape& s = p.forward.shape;
+  const A* lse = static_cast<const A*>(p.forward.lse);
+  for_each_task(
+      executor, s.heads, [] { return 0; },
+      [&](int, int64_t head) {
+        const A sink = static_cast<const A*>(p.forward.sink)[head];
+        double sum = 0;
+        for (int64_t row = 0; row < s.batch * s.queries; ++row) {
+          const int64_t at = row * s.heads + head;
+          if (sink != -std::numeric_limits<A>::infinity())
+            sum -= std::exp(static_cast<double>(sink) - lse[at]) * delta[at];
+        }
+        static_cast<A*>(p.sink_gradient)[head] = static_cast<A>(sum);
+      });
+}
+
+// d query and d bias of one chunk's rows.
+template <class A>
+void query_pass_chunk(const Pass<A>& pass, const Task& task, int64_t kv_head, const ChunkLists& lists,
+                      const Run& run, Scratch<A>& s) {
+  const Shape& shape = pass.shape();
+  const int64_t width = pass.width();
+  const Kernels<A>& kernel = kernels<A>();
+  for (int64_t first = 0; first < shape.chunk_size; first += pass.plan.key_tile) {
+    const int64_t count = std::min(pass.plan.key_tile, shape.chunk_size - first), keys = padded(count);
+    const int64_t token = task.sequence->token_begin + run.chunk * shape.chunk_size + first;
+    load_key_tile(pass, *task.sequence, kv_head, token, count, s);
+    for_each_row_tile(
+        lists, run, *task.sequence, kv_head, pass.group(), task.begin, pass.plan.row_tile,
+        [&](const RowTile& tile) {
+          recompute(pass, tile, count, s);
+          kernel.gemm({tile.count, width, count, s.logit_gradient.data(), keys, 1, s.key.data(), width,
+                       s.product.data(), width, false});
+          for (int64_t i = 0; i < tile.count; ++i) {
+            kernel.add_scaled(static_cast<A>(pass.p.forward.scale), s.product.data() + i * width,
+                              s.accumulator.data() + tile.accumulator(i) * width, width);
+            if (pass.p.bias_gradient == nullptr) continue;
+            const int64_t slots = slot_offset(shape, task.sequence->batch, tile.query(i), task.head);
+            static_cast<A*>(pass.p.bias_gradient)[slots + tile.entry(i).slot] += s.gradient_sum[i];
+          }
+        });
+  }
+}
+
+template <class A>
+void query_pass_task(const Pass<A>& pass, const Task& task, Scratch<A>& s) {
+  const Shape& shape = pass.shape();
+  const int64_t group = pass.group(), width = pass.width(), batch = task.sequence->batch;
+  const int64_t rows = (task.end - task.begin) * group, share = shape.kv_heads / shape.retrieval_heads;
+  const ChunkLists lists =
+      selection_lists<A>(pass.p.forward, *task.sequence, task.head, task.begin, task.end);
+  for (int64_t kv_head = task.head * share; kv_head < (task.head + 1) * share; ++kv_head) {
+    std::fill_n(s.accumulator.data(), rows * width, A(0));
+    for (const Run& run : lists.runs) query_pass_chunk(pass, task, kv_head, lists, run, s);
+    for (int64_t row = 0; row < rows; ++row) {
+      const MutableRows& to = pass.p.query_gradient;
+      kernels<A>().store_row(to.dtype, s.accumulator.data() + row * width,
+                             to.at(batch, task.begin + row / group, kv_head * group + row % group),
+                             shape.head_dim);
+    }
+  }
+}
+
+template <class A>
+void query_pass(const Pass<A>& pass, const Executor& executor) {
+  const Shape& shape = pass.shape();
+  const int64_t rows = std::min(pass.plan.query_range, shape.queries) * pass.group();
+  const auto tasks =
+      make_tasks(*pass.p.forward.sequences, shape.retrieval_heads, pass.plan.query_range, query_extent);
+  for_each_task(
+      executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<A>(shape, pass.plan, rows); },
+      [&](Scratch<A>& s, int64_t i) { query_pass_task(pass, tasks[i], s); });
+}
+
+template <class A>
+void store_key_tile(const MutableRows& to, const Sequence& sequence, int64_t kv_head, int64_t token,
+                    int64_t count, int64_t dim, const A* from) {
+  for (int64_t t = 0; t < count; ++t)
+    kernels<A>().store_row(to.dtype, from + t * padded(dim), to.at(sequence.batch, token + t, kv_head), dim);
+}
+
+// d key and d value of one chunk.
+template <class A>
+void chunk_pass_run(const Pass<A>& pass, const Sequence& sequence, int64_t kv_head, const ChunkLists& lists,
+                    const Run& run, Scratch<A>& s) {
+  const Shape& shape = pass.shape();
+  const int64_t dim = shape.head_dim, width = pass.width();
+  const Kernels<A>& kernel = kernels<A>();
+  for (int64_t first = 0; first < shape.chunk_size; first += pass.plan.key_tile) {
+    const int64_t count = std::min(pass.plan.key_tile, shape.chunk_size - first), keys = padded(count);
+    const int64_t token = sequence.token_begin + run.chunk * shape.chunk_size + first;
+    load_key_tile(pass, sequence, kv_head, token, count, s);
+    std::fill_n(s.key_gradient.data(), count * width, A(0));
+    std::fill_n(s.value_gradient.data(), count * width, A(0));
+    for_each_row_tile(lists, run, sequence, kv_head, pass.group(), sequence.query_begin, pass.plan.row_tile,
+                      [&](const RowTile& tile) {
+                        recompute(pass, tile, count, s);
+                        kernel.gemm({count, width, tile.count, s.weight.data(), 1, keys,
+                                     s.out_gradient.data(), width, s.value_gradient.data(), width, true});
+                        kernel.gemm({count, width, tile.count, s.logit_gradient.data(), 1, keys,
+                                     s.query.data(), width, s.key_gradient.data(), width, true});
+                      });
+    for (int64_t i = 0; i < count * width; ++i) s.key_gradient[i] *= static_cast<A>(pass.p.forward.scale);
+    store_key_tile(pass.p.key_gradient, sequence, kv_head, token, count, dim, s.key_gradient.data());
+    store_key_tile(pass.p.value_gradient, sequence, kv_head, token, count, dim, s.value_gradient.data());
+  }
+}
+
+struct SequenceLists {
+  const Sequence* sequence;
+  int64_t retrieval_head;
+  ChunkLists lists;
+};
+
+template <class A>
+void chunk_pass_slab(const Pass<A>& pass, std::vector<SequenceLists>& slab, const Executor& executor) {
+  const Shape& shape = pass.shape();
+  for_each_task(
+      executor, static_cast<int64_t>(slab.size()), [] { return 0; },
+      [&](int, int64_t i) {
+        const Sequence& sequence = *slab[i].sequence;
+        slab[i].lists = selection_lists<A>(pass.p.forward, sequence, slab[i].retrieval_head,
+                                           sequence.query_begin, sequence.query_begin + sequence.query_count);
+      });
+  struct RunTask {
+    const SequenceLists* owner;
+    int64_t kv_head, begin, end;  // runs
+  };
+  std::vector<RunTask> tasks;
+  const int64_t share = shape.kv_heads / shape.retrieval_heads;
+  for (const SequenceLists& owner : slab) {
+    const int64_t runs = static_cast<int64_t>(owner.lists.runs.size());
+    for (int64_t begin = runs; begin > 0; begin -= std::min(begin, pass.plan.list_chunks))  // long lists last
+      for (int64_t h = 0; h < share; ++h)
+        tasks.push_back({&owner, owner.retrieval_head * share + h,
+                         std::max<int64_t>(0, begin - pass.plan.list_chunks), begin});
+  }
+  for_each_task(
+      executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<A>(shape, pass.plan, 0); },
+      [&](Scratch<A>& s, int64_t i) {
+        const RunTask& task = tasks[i];
+        for (int64_t run = task.begin; run < task.end; ++run)
+          chunk_pass_run(pass, *task.owner->sequence, task.kv_head, task.owner->lists,
+                         task.owner->lists.runs[run], s);
+      });
+}
+
+template <class A>
+void chunk_pass(const Pass<A>& pass, const Executor& executor) {
+  const Shape& shape = pass.shape();
+  std::vector<SequenceLists> slab;
+  int64_t bytes = 0;
+  for (const Sequence& sequence : *pass.p.forward.sequences)
+    for (int64_t head = 0; head < shape.retrieval_heads; ++head) {
+      const int64_t more = sequence.query_count * shape.top_k * static_cast<int64_t>(2 * sizeof(Entry));
+      if (!slab.empty() && bytes + more > kListBytes) {
+        chunk_pass_slab(pass, slab, executor);
+        slab.clear();
+        bytes = 0;
+      }
+      slab.push_back({&sequence, head, {}});
+      bytes += more;
+    }
+  if (!slab.empty()) chunk_pass_slab(pass, slab, executor);
+}
+
+template <class A>
+void run(const AttendBackwardProblem& p, const AttendPlan& plan, const Executor& executor) {
+  const Shape& s = p.forward.shape;
+  Buffer<A> delta(s.batch * s.queries * s.heads);
+  compute_delta(p, delta.data(), executor);
+  if (p.sink_gradient != nullptr) sink_gradient(p, delta.data(), executor);
+  const Pass<A> pass{p, plan, delta.data()};
+  query_pass(pass, executor);
+  chunk_pass(pass, executor);
+}
+
+}  // namespace
+
+void attend_backward(const AttendBackwardProblem& p, const AttendPlan& plan, const Executor& executor) {
+  p.forward.query.dtype == DType::kFloat64 ? run<double>(p, plan, executor) : run<float>(p, plan, executor);
+}
+
+}  // namespace resona::cpu

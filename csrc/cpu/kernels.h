@@ -1,0 +1,100 @@
+// The inner loops, one table per accumulation type. Every table is compiled once per instruction set from
+// the same source (micro/*.h) and chosen at run time; the stages around them are ordinary C++.
+// A is float for float32, float16 and bfloat16 inputs, double for float64 inputs.
+#pragma once
+
+#include <cstdint>
+
+#include "common/problem.h"
+
+namespace resona::cpu {
+
+// c[m, n] = a[m, depth] * b[depth, n], added to c if `accumulate`. The sum runs over depth in ascending
+// order for every element, whatever the tiling. n is a multiple of 16.
+template <class A>
+struct Gemm {
+  int64_t m, n, depth;
+  const A* a;
+  int64_t a_row_stride, a_depth_stride;
+  const A* b;
+  int64_t b_stride;
+  A* c;
+  int64_t c_stride;
+  bool accumulate;
+};
+
+// A tile of dot products <query, key> meets the running softmax of its rows. On return `tile` holds the
+// weights relative to the new peak. Tile row i belongs to accumulator row rows[i].
+template <class A>
+struct SoftmaxTile {
+  int64_t row_count, columns, stride;
+  A* tile;
+  A scale;
+  const A* bias;        // [row_count]
+  const int32_t* rows;  // [row_count]
+  A* peak;              // running maximum, by accumulator row
+  A* total;             // running sum of weights, by accumulator row
+  A* decay;             // [row_count] out: factor for what was accumulated before
+};
+
+// Recomputes the weights of a tile from lse and turns d(weight) into d(logit).
+template <class A>
+struct SoftmaxBackwardTile {
+  int64_t row_count, columns, stride;
+  A* tile;      // in: <query, key>; out: weight
+  A* gradient;  // in: <d out, value>; out: d logit
+  A scale;
+  const A* bias;    // [row_count]
+  const A* lse;     // [row_count]
+  const A* delta;   // [row_count] <d out, out> - d lse
+  A* gradient_sum;  // [row_count] out: sum of d logit over the columns
+};
+
+template <class A>
+struct Kernels {
+  void (*gemm)(const Gemm<A>&);
+  void (*softmax)(const SoftmaxTile<A>&);
+  void (*softmax_backward)(const SoftmaxBackwardTile<A>&);
+  void (*add_scaled)(A factor, const A* x, A* y, int64_t n);    // y += factor * x
+  void (*decay_and_add)(A decay, const A* x, A* y, int64_t n);  // y = decay * y + x
+  // Writes the columns whose value is not below `threshold` (NaN passes), ascending; returns how many.
+  int64_t (*not_below)(const A* row, int64_t n, A threshold, int32_t* columns);
+  double (*canonical_dot)(const A* a, const A* b, int64_t n);
+  void (*load[4])(const void* from, A* to, int64_t n);  // by DType; null if not for A
+  void (*store[4])(const A* from, void* to, int64_t n);
+
+  void load_row(DType type, const void* from, A* to, int64_t n) const {
+    load[static_cast<int>(type)](from, to, n);
+  }
+  void store_row(DType type, const A* from, void* to, int64_t n) const {
+    store[static_cast<int>(type)](from, to, n);
+  }
+};
+
+struct KernelSet {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// The widest set this processor runs, or the one named by RESONA_CPU_ISA (avx512, avx2, portable).
+const KernelSet& kernel_set();
+
+template <class A>
+const Kernels<A>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() {
+  return kernel_set().f32;
+}
+template <>
+inline const Kernels<double>& kernels<double>() {
+  return kernel_set().f64;
+}
+
+extern const KernelSet portable_kernels;
+#if defined(RESONA_HAS_X86_KERNELS)
+extern const KernelSet avx2_kernels;
+extern const KernelSet avx512_kernels;
+#endif
+
+}  // namespace resona::cpu

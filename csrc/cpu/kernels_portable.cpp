@@ -1,0 +1,2 @@
+#define RESONA_ISA portable
+#include "cpu/micro/kernel_set.inc"

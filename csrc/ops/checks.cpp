@@ -1,0 +1,299 @@
+#include "ops/checks.h"
+
+#include <atomic>
+#include <cmath>
+#include <stdexcept>
+
+#include "common/canonical.h"
+#include "ops/executor.h"
+
+namespace resona::ops {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxContext = (int64_t{1} << 31) - 1;
+
+std::string text_of(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// `like` names the argument that set the expectation.
+struct Checker {
+  const char* op;
+
+  void require(bool ok, const char* argument, const std::string& expected, const std::string& got) const {
+    if (!ok) fail(op, argument, expected, got);
+  }
+  void device(const char* argument, const Tensor& t, const char* like) const {
+    require(t.is_cpu(), argument, std::string("device cpu like ") + like, t.is_cuda() ? "cuda" : "another");
+  }
+  void rank(const char* argument, const Tensor& t, int64_t rank, const char* layout) const {
+    require(t.dim() == rank, argument, "rank " + std::to_string(rank) + " " + layout, "shape " + shape_of(t));
+  }
+  void floating(const char* argument, const Tensor& t) const {
+    require(is_supported(t.scalar_type()), argument, "dtype float32, float16, bfloat16 or float64",
+            name_of(t.scalar_type()));
+  }
+  void dtype(const char* argument, const Tensor& t, ScalarType type, const char* like) const {
+    require(t.scalar_type() == type, argument, "dtype " + name_of(type) + " like " + like,
+            name_of(t.scalar_type()));
+  }
+  void exactly(const char* argument, const Tensor& t, ScalarType type) const {
+    require(t.scalar_type() == type, argument, "dtype " + name_of(type), name_of(t.scalar_type()));
+  }
+  void shape(const char* argument, const Tensor& t, const char* layout,
+             const std::vector<int64_t>& expected) const {
+    bool same = t.dim() == static_cast<int64_t>(expected.size());
+    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == expected[i];
+    require(same, argument, std::string("shape ") + layout + " = " + text_of(expected), shape_of(t));
+  }
+  void size(const char* argument, const Tensor& t, int64_t dim, const char* letter, int64_t expected,
+            const char* like) const {
+    require(t.size(dim) == expected, argument,
+            std::string(letter) + " = " + std::to_string(expected) + " like " + like, "shape " + shape_of(t));
+  }
+  void at_least_one(const char* argument, int64_t value) const {
+    require(value >= 1, argument, "at least 1", std::to_string(value));
+  }
+};
+
+std::vector<Sequence> batch_sequences(const Shape& s) {
+  std::vector<Sequence> sequences;
+  for (int64_t b = 0; b < s.batch; ++b) sequences.push_back({b, 0, s.queries, 0, s.context, 0});
+  return sequences;
+}
+
+std::vector<Sequence> packed_sequences(const Checker& check, const Tensor& cu_seqlens, const Shape& s) {
+  const Tensor borders = torch::stable::contiguous(cu_seqlens);
+  const int32_t* border = static_cast<const int32_t*>(borders.const_data_ptr());
+  const int64_t count = borders.size(0) - 1;
+  check.require(border[0] == 0, "cu_seqlens", "a first value of 0", std::to_string(border[0]));
+  check.require(border[count] == s.context, "cu_seqlens", "a last value of L = " + std::to_string(s.context),
+                std::to_string(border[count]));
+  std::vector<Sequence> sequences;
+  int64_t chunk_begin = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    check.require(border[i] <= border[i + 1], "cu_seqlens", "values that never decrease",
+                  std::to_string(border[i]) + " before " + std::to_string(border[i + 1]));
+    const int64_t length = border[i + 1] - border[i];
+    sequences.push_back({0, border[i], length, border[i], length, chunk_begin});
+    chunk_begin += length / s.chunk_size;
+  }
+  return sequences;
+}
+
+std::vector<Sequence> check_sequences(const Checker& check, const OptionalTensor& cu_seqlens, const Shape& s,
+                                      const char* like) {
+  if (!cu_seqlens.has_value()) return batch_sequences(s);
+  check.rank("cu_seqlens", *cu_seqlens, 1, "[n + 1]");
+  check.exactly("cu_seqlens", *cu_seqlens, ScalarType::Int);
+  check.device("cu_seqlens", *cu_seqlens, like);
+  check.require(cu_seqlens->size(0) >= 1, "cu_seqlens", "at least one value", "none");
+  check.require(s.batch == 1, "cu_seqlens", "B = 1 for packed sequences", "B = " + std::to_string(s.batch));
+  check.require(s.queries == s.context, "cu_seqlens",
+                "T = L = " + std::to_string(s.context) + " for packed sequences",
+                "T = " + std::to_string(s.queries));
+  return packed_sequences(check, *cu_seqlens, s);
+}
+
+void check_lengths(const Checker& check, const char* argument, const Shape& s) {
+  check.require(s.context <= kMaxContext, argument, "L < 2^31", "L = " + std::to_string(s.context));
+  check.require(s.queries <= s.context, argument, "T <= L = " + std::to_string(s.context),
+                "T = " + std::to_string(s.queries));
+}
+
+Shape check_query_key_value(const Checker& check, const AttendArguments& a) {
+  check.rank("query", a.query, 4, "[B, T, H, D]");
+  check.floating("query", a.query);
+  check.device("query", a.query, "the operator");
+  check.rank("key", a.key, 4, "[B, L, Hkv, D]");
+  check.dtype("key", a.key, a.query.scalar_type(), "query");
+  check.device("key", a.key, "query");
+  check.size("key", a.key, 0, "B", a.query.size(0), "query");
+  check.size("key", a.key, 3, "D", a.query.size(3), "query");
+  Shape s{};
+  s.batch = a.query.size(0), s.queries = a.query.size(1), s.heads = a.query.size(2);
+  s.head_dim = a.query.size(3), s.context = a.key.size(1), s.kv_heads = a.key.size(2);
+  s.chunk_size = a.chunk_size, s.retrieval_heads = s.retrieval_dim = s.top_k = 1;
+  check.require(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim, "query", "head dim D from 1 to 256",
+                "D = " + std::to_string(s.head_dim));
+  check.shape("value", a.value, "[B, L, Hkv, D]", {s.batch, s.context, s.kv_heads, s.head_dim});
+  check.dtype("value", a.value, a.query.scalar_type(), "query");
+  check.device("value", a.value, "query");
+  check.require(s.kv_heads >= 1, "key", "Hkv of at least 1", "Hkv = 0");
+  check.require(s.heads >= 1 && s.heads % s.kv_heads == 0, "query",
+                "H a multiple of Hkv = " + std::to_string(s.kv_heads), "H = " + std::to_string(s.heads));
+  check_lengths(check, "query", s);
+  check.at_least_one("chunk_size", a.chunk_size);
+  return s;
+}
+
+void check_retrieval_heads(const Checker& check, const char* argument, const Shape& s) {
+  const int64_t r = s.retrieval_heads;
+  check.require(r >= 1 && s.kv_heads % r == 0, argument,
+                "R = 1 or a divisor of Hkv = " + std::to_string(s.kv_heads), "R = " + std::to_string(r));
+}
+
+void check_sink_and_scale(const Checker& check, const AttendArguments& a, const Shape& s) {
+  if (a.sink.has_value()) {
+    check.shape("sink", *a.sink, "[H]", {s.heads});
+    check.exactly("sink", *a.sink, accumulation_type(a.query));
+    check.device("sink", *a.sink, "query");
+  }
+  if (a.scale.has_value())
+    check.require(std::isfinite(*a.scale), "scale", "a finite number",
+                  std::isnan(*a.scale) ? "nan" : (*a.scale > 0 ? "inf" : "-inf"));
+}
+
+}  // namespace
+
+void fail(const char* op, const std::string& argument, const std::string& expected, const std::string& got) {
+  throw std::runtime_error("resona::" + std::string(op) + ": " + argument + ": expected " + expected +
+                           ", got " + got);
+}
+
+void check_exact(const char* op, const char* argument, const Tensor& t, const char* layout,
+                 const std::vector<int64_t>& shape, ScalarType type) {
+  const Checker check{op};
+  check.shape(argument, t, layout, shape);
+  check.exactly(argument, t, type);
+  check.device(argument, t, "the operator");
+}
+
+// Rows are scanned in parallel; the first bad slot in memory order is reported.
+void check_index_values(const char* op, const Checked& checked, const Tensor& indices) {
+  const Shape& s = checked.shape;
+  const Tensor held = torch::stable::contiguous(indices);
+  const int32_t* index = static_cast<const int32_t*>(held.const_data_ptr());
+  const int64_t slots = s.retrieval_heads * s.top_k;
+  std::atomic<int64_t> first_bad{INT64_MAX};
+  struct Block {
+    const Sequence* sequence;
+    int64_t begin, end;
+  };
+  std::vector<Block> blocks;
+  for (const Sequence& q : checked.sequences)
+    for (int64_t begin = 0; begin < q.query_count; begin += 4096)
+      blocks.push_back({&q, q.query_begin + begin, q.query_begin + std::min(begin + 4096, q.query_count)});
+  cpu::for_each_task(
+      TorchExecutor(), static_cast<int64_t>(blocks.size()), [] { return 0; },
+      [&](int, int64_t b) {
+        const Block& block = blocks[b];
+        for (int64_t row = block.begin; row < block.end; ++row) {
+          const int64_t eligible = canonical::eligible_chunks(block.sequence->position(row), s.chunk_size);
+          const int64_t at = (block.sequence->batch * s.queries + row) * slots;
+          for (int64_t i = at; i < at + slots; ++i) {
+            if (index[i] >= -1 && index[i] < eligible) continue;
+            int64_t seen = first_bad.load();
+            while (i < seen && !first_bad.compare_exchange_weak(seen, i)) {
+            }
+          }
+        }
+      });
+  const int64_t bad = first_bad.load();
+  if (bad == INT64_MAX) return;
+  const int64_t slot = bad % s.top_k, r = bad / s.top_k % s.retrieval_heads, row = bad / slots;
+  fail(op, "indices", "-1 or a chunk that lies wholly before its query",
+       std::to_string(index[bad]) + " at " + text_of({row / s.queries, row % s.queries, r, slot}));
+}
+
+Checked check_pool_chunks(const char* op, const Tensor& context_embedding, int64_t chunk_size,
+                          const OptionalTensor& cu_seqlens) {
+  const Checker check{op};
+  const Tensor& context = context_embedding;
+  check.rank("context_embedding", context, 4, "[B, L, R, E]");
+  check.floating("context_embedding", context);
+  check.device("context_embedding", context, "the operator");
+  Checked checked;
+  Shape& s = checked.shape;
+  s = {context.size(0), context.size(1), context.size(1), 1, 1, 1,
+       context.size(2), context.size(3), chunk_size,      1};
+  check.at_least_one("chunk_size", chunk_size);
+  check.require(s.retrieval_dim >= 1, "context_embedding", "retrieval dim E of at least 1", "E = 0");
+  check_lengths(check, "context_embedding", s);
+  checked.sequences = check_sequences(check, cu_seqlens, s, "context_embedding");
+  return checked;
+}
+
+Checked check_retrieve(const char* op, const Tensor& query_embedding, const Tensor& chunk_embedding,
+                       int64_t chunk_size, int64_t top_k, int64_t context_length,
+                       const OptionalTensor& cu_seqlens) {
+  const Checker check{op};
+  const Tensor& query = query_embedding;
+  check.rank("query_embedding", query, 4, "[B, T, R, E]");
+  check.floating("query_embedding", query);
+  check.device("query_embedding", query, "the operator");
+  Checked checked;
+  Shape& s = checked.shape;
+  s = {query.size(0), query.size(1), context_length, 1,    1, 1,
+       query.size(2), query.size(3), chunk_size,     top_k};
+  check.require(s.retrieval_dim >= 1, "query_embedding", "retrieval dim E of at least 1", "E = 0");
+  check.require(s.retrieval_heads >= 1, "query_embedding", "R of at least 1", "R = 0");
+  check.at_least_one("chunk_size", chunk_size);
+  check.at_least_one("top_k", top_k);
+  check_lengths(check, "query_embedding", s);
+  check.shape("chunk_embedding", chunk_embedding, "[B, L // S, R, E]",
+              {s.batch, context_length / chunk_size, s.retrieval_heads, s.retrieval_dim});
+  check.dtype("chunk_embedding", chunk_embedding, query.scalar_type(), "query_embedding");
+  check.device("chunk_embedding", chunk_embedding, "query_embedding");
+  checked.sequences = check_sequences(check, cu_seqlens, s, "query_embedding");
+  return checked;
+}
+
+Checked check_attend(const char* op, const AttendArguments& a, const Tensor& indices,
+                     const OptionalTensor& bias) {
+  const Checker check{op};
+  Checked checked;
+  Shape& s = checked.shape;
+  s = check_query_key_value(check, a);
+  check.rank("indices", indices, 4, "[B, T, R, k]");
+  check.exactly("indices", indices, ScalarType::Int);
+  check.device("indices", indices, "query");
+  check.size("indices", indices, 0, "B", s.batch, "query");
+  check.size("indices", indices, 1, "T", s.queries, "query");
+  s.retrieval_heads = indices.size(2), s.top_k = indices.size(3);
+  check_retrieval_heads(check, "indices", s);
+  check.require(s.top_k >= 1, "indices", "k of at least 1", "k = 0");
+  if (bias.has_value()) {
+    check.shape("bias", *bias, "[B, T, R, k]", {s.batch, s.queries, s.retrieval_heads, s.top_k});
+    check.exactly("bias", *bias, accumulation_type(a.query));
+    check.device("bias", *bias, "query");
+  }
+  check_sink_and_scale(check, a, s);
+  checked.sequences = check_sequences(check, a.cu_seqlens, s, "query");
+  check_index_values(op, checked, indices);
+  return checked;
+}
+
+Checked check_fused(const char* op, const AttendArguments& a, const Tensor& query_embedding,
+                    const Tensor& context_embedding, int64_t top_k, const OptionalTensor& score_scale) {
+  const Checker check{op};
+  Checked checked;
+  Shape& s = checked.shape;
+  s = check_query_key_value(check, a);
+  check.rank("query_embedding", query_embedding, 4, "[B, T, R, E]");
+  check.floating("query_embedding", query_embedding);
+  check.device("query_embedding", query_embedding, "query");
+  check.size("query_embedding", query_embedding, 0, "B", s.batch, "query");
+  check.size("query_embedding", query_embedding, 1, "T", s.queries, "query");
+  s.retrieval_heads = query_embedding.size(2), s.retrieval_dim = query_embedding.size(3), s.top_k = top_k;
+  check_retrieval_heads(check, "query_embedding", s);
+  check.require(s.retrieval_dim >= 1, "query_embedding", "retrieval dim E of at least 1", "E = 0");
+  check.shape("context_embedding", context_embedding, "[B, L, R, E]",
+              {s.batch, s.context, s.retrieval_heads, s.retrieval_dim});
+  check.dtype("context_embedding", context_embedding, query_embedding.scalar_type(), "query_embedding");
+  check.device("context_embedding", context_embedding, "query");
+  check.at_least_one("top_k", top_k);
+  if (score_scale.has_value()) {
+    check.shape("score_scale", *score_scale, "[R]", {s.retrieval_heads});
+    check.exactly("score_scale", *score_scale, accumulation_type(a.query));
+    check.device("score_scale", *score_scale, "query");
+  }
+  check_sink_and_scale(check, a, s);
+  checked.sequences = check_sequences(check, a.cu_seqlens, s, "query");
+  return checked;
+}
+
+}  // namespace resona::ops

@@ -1,0 +1,20 @@
+// The threads of torch's CPU backend.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/executor.h"
+
+namespace resona::ops {
+
+class TorchExecutor final : public cpu::Executor {
+ public:
+  int64_t threads() const override { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+  void run(int64_t workers, const std::function<void()>& body) const override {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body();
+    });
+  }
+};
+
+}  // namespace resona::ops

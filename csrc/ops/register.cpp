@@ -1,0 +1,65 @@
+// Schemas of torch.ops.resona.* and their CPU kernels. Every Tensor argument stands before `*`, or torch
+// could not register autograd and vmap. Names with an underscore are ours to change.
+#include <torch/csrc/stable/library.h>
+
+#include "common/build_info.h"
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
+#include "ops/ops.h"
+
+namespace {
+
+std::string build_info() {
+  return resona::build_info(resona::cpu::runnable_instruction_sets(), resona::cpu::kernel_set().name);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(resona, m) {
+  // [B, L, R, E] -> [B, L // S, R, E], unit norm
+  m.def("pool_chunks(Tensor context_embedding, SymInt chunk_size, Tensor? cu_seqlens=None) -> Tensor");
+  // -> indices int32, scores, both [B, T, R, k]
+  m.def(
+      "retrieve(Tensor query_embedding, Tensor chunk_embedding, SymInt chunk_size, SymInt top_k, "
+      "SymInt context_length, Tensor? cu_seqlens=None) -> (Tensor indices, Tensor scores)");
+  // -> out [B, T, H, D], lse [B, T, H]
+  m.def(
+      "attend(Tensor query, Tensor key, Tensor value, Tensor indices, SymInt chunk_size, Tensor? bias=None, "
+      "Tensor? sink=None, Tensor? cu_seqlens=None, *, float? scale=None, bool deterministic=False) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "fused_retrieve_attend(Tensor query, Tensor key, Tensor value, Tensor query_embedding, "
+      "Tensor context_embedding, SymInt chunk_size, SymInt top_k, Tensor? score_scale=None, "
+      "Tensor? sink=None, Tensor? cu_seqlens=None, *, float? scale=None, bool deterministic=False) "
+      "-> (Tensor out, Tensor lse, Tensor indices, Tensor scores)");
+
+  m.def(
+      "_pool_chunks_backward(Tensor chunk_gradient, Tensor context_embedding, SymInt chunk_size, "
+      "Tensor? cu_seqlens=None) -> Tensor");
+  m.def(
+      "_retrieve_backward(Tensor score_gradient, Tensor indices, Tensor query_embedding, "
+      "Tensor chunk_embedding, SymInt chunk_size, SymInt context_length, Tensor? cu_seqlens=None) "
+      "-> (Tensor query_gradient, Tensor chunk_gradient)");
+  // bias_gradient and sink_gradient have no elements where there is no bias or sink
+  m.def(
+      "_attend_backward(Tensor out_gradient, Tensor? lse_gradient, Tensor query, Tensor key, Tensor value, "
+      "Tensor indices, Tensor out, Tensor lse, SymInt chunk_size, Tensor? bias=None, Tensor? sink=None, "
+      "Tensor? cu_seqlens=None, *, float? scale=None, bool deterministic=False) "
+      "-> (Tensor query_gradient, Tensor key_gradient, Tensor value_gradient, Tensor bias_gradient, "
+      "Tensor sink_gradient)");
+  m.def("_build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resona, CPU, m) {
+  m.impl("pool_chunks", TORCH_BOX(&resona::ops::pool_chunks));
+  m.impl("retrieve", TORCH_BOX(&resona::ops::retrieve));
+  m.impl("attend", TORCH_BOX(&resona::ops::attend));
+  m.impl("fused_retrieve_attend", TORCH_BOX(&resona::ops::fused_retrieve_attend));
+  m.impl("_pool_chunks_backward", TORCH_BOX(&resona::ops::pool_chunks_backward));
+  m.impl("_retrieve_backward", TORCH_BOX(&resona::ops::retrieve_backward));
+  m.impl("_attend_backward", TORCH_BOX(&resona::ops::attend_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resona, CompositeExplicitAutograd, m) {
+  m.impl("_build_info", TORCH_BOX(&build_info));
+}

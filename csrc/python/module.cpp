@@ -1,0 +1,108 @@
+// resona_ext._C: plans and build facts for people and tests. Tensors never pass through here, so it knows
+// nothing of torch and the package works without it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/build_info.h"
+#include "common/plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+struct Stage {
+  std::string name, kernel, reason;
+  std::map<std::string, int64_t> parameters;
+};
+
+struct PlanView {
+  std::vector<Stage> stages;
+  int64_t workspace_bytes;
+};
+
+void require(bool ok, const char* argument, const std::string& expected, const std::string& got) {
+  if (!ok)
+    throw py::value_error("plan: " + std::string(argument) + ": expected " + expected + ", got " + got);
+}
+
+resona::DType dtype_named(const char* argument, const std::string& name) {
+  if (name == "float32") return resona::DType::kFloat32;
+  if (name == "float16") return resona::DType::kFloat16;
+  if (name == "bfloat16") return resona::DType::kBFloat16;
+  if (name == "float64") return resona::DType::kFloat64;
+  require(false, argument, "float32, float16, bfloat16 or float64", name);
+  return resona::DType::kFloat32;
+}
+
+void check(const resona::Shape& s) {
+  const auto at_least = [](const char* argument, int64_t value, int64_t least) {
+    require(value >= least, argument, "at least " + std::to_string(least), std::to_string(value));
+  };
+  at_least("batch", s.batch, 0);
+  at_least("queries", s.queries, 0);
+  at_least("kv_heads", s.kv_heads, 1);
+  at_least("heads", s.heads, 1);
+  at_least("retrieval_heads", s.retrieval_heads, 1);
+  at_least("retrieval_dim", s.retrieval_dim, 1);
+  at_least("chunk_size", s.chunk_size, 1);
+  at_least("top_k", s.top_k, 1);
+  require(s.queries <= s.context, "queries", "at most context = " + std::to_string(s.context),
+          std::to_string(s.queries));
+  require(s.head_dim >= 1 && s.head_dim <= 256, "head_dim", "1 to 256", std::to_string(s.head_dim));
+  require(s.heads % s.kv_heads == 0, "heads", "a multiple of kv_heads = " + std::to_string(s.kv_heads),
+          std::to_string(s.heads));
+  require(s.kv_heads % s.retrieval_heads == 0, "retrieval_heads",
+          "1 or a divisor of kv_heads = " + std::to_string(s.kv_heads), std::to_string(s.retrieval_heads));
+}
+
+PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t heads, int64_t kv_heads,
+                   int64_t head_dim, int64_t retrieval_heads, int64_t retrieval_dim, int64_t chunk_size,
+                   int64_t top_k, const std::string& dtype, const std::string& embedding_dtype,
+                   const std::string& device, int64_t threads) {
+  const resona::Shape s{batch,    queries,         context,       heads,      kv_heads,
+                        head_dim, retrieval_heads, retrieval_dim, chunk_size, top_k};
+  check(s);
+  require(threads >= 1, "threads", "at least 1", std::to_string(threads));
+  require(device == "cpu", "device", "cpu (this version has no CUDA kernels)", device);
+  const resona::Plan p = resona::make_plan(
+      s, dtype_named("dtype", dtype),
+      dtype_named("embedding_dtype", embedding_dtype.empty() ? dtype : embedding_dtype), {threads});
+  return {{{"pool", p.pool.kernel, p.pool.reason, {{"chunks_per_task", p.pool.chunks_per_task}}},
+           {"search",
+            p.search.kernel,
+            p.search.reason,
+            {{"query_block", p.search.query_block}, {"chunk_block", p.search.chunk_block}}},
+           {"attend",
+            p.attend.kernel,
+            p.attend.reason,
+            {{"query_range", p.attend.query_range},
+             {"row_tile", p.attend.row_tile},
+             {"key_tile", p.attend.key_tile},
+             {"list_chunks", p.attend.list_chunks}}}},
+          p.workspace_bytes};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Plans and build facts of resona_ext; tensors go through torch.ops.resona.";
+  py::class_<Stage>(m, "Stage")
+      .def_readonly("name", &Stage::name)
+      .def_readonly("kernel", &Stage::kernel)
+      .def_readonly("reason", &Stage::reason)
+      .def_readonly("parameters", &Stage::parameters);
+  py::class_<PlanView>(m, "Plan")
+      .def_readonly("stages", &PlanView::stages)
+      .def_readonly("workspace_bytes", &PlanView::workspace_bytes);
+  m.def("build_info", [] { return resona::build_info({}, ""); }, "Facts of this binary, as JSON.");
+  m.def("plan", &make_plan, py::kw_only(), py::arg("batch"), py::arg("queries"), py::arg("context"),
+        py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("retrieval_heads"),
+        py::arg("retrieval_dim"), py::arg("chunk_size"), py::arg("top_k"), py::arg("dtype") = "float32",
+        py::arg("embedding_dtype") = "", py::arg("device") = "cpu", py::arg("threads") = 1,
+        "Which kernels a problem would run, with which tiles and why. Raises ValueError if it is not legal.");
+}

@@ -1,0 +1,23 @@
+"""Retrieval inside linear recurrent models: chunk search and block-sparse attention in one operator."""
+
+from .functional import (
+    RetrieveAttendAux,
+    RetrieveResult,
+    attend,
+    pool_chunks,
+    retrieve,
+    retrieve_attend,
+)
+from .layer import Resona
+from .version import __version__
+
+__all__ = [
+    "Resona",
+    "RetrieveAttendAux",
+    "RetrieveResult",
+    "__version__",
+    "attend",
+    "pool_chunks",
+    "retrieve",
+    "retrieve_attend",
+]

@@ -1,0 +1,163 @@
+"""Gradients: each public operator saves indices and log-sum-exp and calls the raw backward operators.
+
+Indices are constants. The embeddings get a gradient only through the scores, that is when score_scale is
+given or a gradient reaches `scores`; otherwise none, which is the paper's hard mask. The backward
+operators themselves are not differentiable: asking for it is an error, not a wrong number.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ops = torch.ops.resona
+
+
+def _none_of(ctx, count: int) -> tuple[None, ...]:
+    return (None,) * count
+
+
+def _setup_pool_chunks(ctx, inputs, output):
+    context_embedding, ctx.chunk_size, cu_seqlens = inputs
+    ctx.save_for_backward(context_embedding, cu_seqlens)
+
+
+def _backward_pool_chunks(ctx, gradient):
+    context_embedding, cu_seqlens = ctx.saved_tensors
+    grad = ops._pool_chunks_backward(gradient, context_embedding, ctx.chunk_size, cu_seqlens)
+    return grad, None, None
+
+
+def _setup_retrieve(ctx, inputs, output):
+    query, chunks, ctx.chunk_size, _, ctx.context_length, cu_seqlens = inputs
+    indices, _ = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(indices, query, chunks, cu_seqlens)
+
+
+def _backward_retrieve(ctx, _, score_gradient):
+    indices, query, chunks, cu_seqlens = ctx.saved_tensors
+    grads = ops._retrieve_backward(
+        score_gradient, indices, query, chunks, ctx.chunk_size, ctx.context_length, cu_seqlens
+    )
+    return (*grads, None, None, None, None)
+
+
+def _setup_attend(ctx, inputs, keyword_only_inputs, output):
+    query, key, value, indices, ctx.chunk_size, bias, sink, cu_seqlens = inputs
+    ctx.keywords = keyword_only_inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, indices, bias, sink, cu_seqlens, *output)
+
+
+def _attend_gradients(ctx, out_gradient, lse_gradient, saved, bias):
+    query, key, value, indices, sink, cu_seqlens, out, lse = saved
+    if out_gradient is None:
+        out_gradient = torch.zeros_like(out)
+    return ops._attend_backward(
+        out_gradient,
+        lse_gradient,
+        query,
+        key,
+        value,
+        indices,
+        out,
+        lse,
+        ctx.chunk_size,
+        bias,
+        sink,
+        cu_seqlens,
+        **ctx.keywords,
+    )
+
+
+def _backward_attend(ctx, out_gradient, lse_gradient):
+    if out_gradient is None and lse_gradient is None:
+        return _none_of(ctx, 8)
+    query, key, value, indices, bias, sink, cu_seqlens, out, lse = ctx.saved_tensors
+    saved = (query, key, value, indices, sink, cu_seqlens, out, lse)
+    dq, dk, dv, dbias, dsink = _attend_gradients(ctx, out_gradient, lse_gradient, saved, bias)
+    dbias = None if bias is None else dbias
+    dsink = None if sink is None else dsink
+    return dq, dk, dv, None, None, dbias, dsink, None
+
+
+def _setup_fused(ctx, inputs, keyword_only_inputs, output):
+    (query, key, value, query_embedding, context_embedding, ctx.chunk_size, _) = inputs[:7]
+    score_scale, sink, cu_seqlens = inputs[7:]
+    out, lse, indices, scores = output
+    ctx.keywords = keyword_only_inputs
+    ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        query,
+        key,
+        value,
+        query_embedding,
+        context_embedding,
+        score_scale,
+        sink,
+        cu_seqlens,
+        out,
+        lse,
+        indices,
+        scores,
+    )
+
+
+def _backward_fused(ctx, out_gradient, lse_gradient, _, score_gradient):
+    query, key, value, query_embedding, context_embedding, score_scale = ctx.saved_tensors[:6]
+    sink, cu_seqlens, out, lse, indices, scores = ctx.saved_tensors[6:]
+    dq = dk = dv = dsink = dscale = dquery_embedding = dcontext_embedding = None
+    if out_gradient is not None or lse_gradient is not None:
+        used_scores = torch.where(indices >= 0, scores, 0.0)  # score_scale * -inf would be NaN
+        bias = None
+        if score_scale is not None:
+            bias = (score_scale[:, None] * used_scores).to(score_scale.dtype)
+        saved = (query, key, value, indices, sink, cu_seqlens, out, lse)
+        dq, dk, dv, dbias, dsink = _attend_gradients(ctx, out_gradient, lse_gradient, saved, bias)
+        dsink = None if sink is None else dsink
+        if score_scale is not None:
+            dscale = (dbias * used_scores).sum(dim=(0, 1, 3)).to(score_scale.dtype)
+            through_bias = (dbias * score_scale[:, None]).to(scores.dtype)
+            score_gradient = (
+                through_bias if score_gradient is None else score_gradient + through_bias
+            )
+    if score_gradient is not None and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4]):
+        chunks = ops.pool_chunks(context_embedding, ctx.chunk_size, cu_seqlens)
+        dquery_embedding, dchunks = ops._retrieve_backward(
+            score_gradient,
+            indices,
+            query_embedding,
+            chunks,
+            ctx.chunk_size,
+            context_embedding.shape[1],
+            cu_seqlens,
+        )
+        if ctx.needs_input_grad[4]:
+            dcontext_embedding = ops._pool_chunks_backward(
+                dchunks, context_embedding, ctx.chunk_size, cu_seqlens
+            )
+    embeddings = (dquery_embedding, dcontext_embedding)
+    return dq, dk, dv, *embeddings, None, None, dscale, dsink, None
+
+
+def _refuse_double_backward(name: str):
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            f"resona::{name}: double backward: expected at most one differentiation, got a second. "
+            "Call backward() or grad() without create_graph=True."
+        )
+
+    return backward
+
+
+def register() -> None:
+    register_autograd = torch.library.register_autograd
+    register_autograd(
+        "resona::pool_chunks", _backward_pool_chunks, setup_context=_setup_pool_chunks
+    )
+    register_autograd("resona::retrieve", _backward_retrieve, setup_context=_setup_retrieve)
+    register_autograd("resona::attend", _backward_attend, setup_context=_setup_attend)
+    register_autograd("resona::fused_retrieve_attend", _backward_fused, setup_context=_setup_fused)
+    for name in ("_pool_chunks_backward", "_retrieve_backward", "_attend_backward"):
+        register_autograd(f"resona::{name}", _refuse_double_backward(name))

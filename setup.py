@@ -1,0 +1,68 @@
+"""Drives CMake. Imports no torch and fetches nothing, so metadata and sdist need neither.
+
+Environment: RESONA_USE_CUDA (auto, 0, 1), RESONA_PYBIND (auto, 0, 1), MAX_JOBS, CMAKE_ARGS.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+VERSION = (ROOT / "resona_ext" / "version.py").read_text().split('"')[1]
+# The largest translation unit peaks at about 0.6 GB (g++ 12).
+BYTES_PER_JOB = 1 << 30
+
+
+def jobs() -> int:
+    if "MAX_JOBS" in os.environ:
+        return max(1, int(os.environ["MAX_JOBS"]))
+    try:
+        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        memory = BYTES_PER_JOB
+    return max(1, min(os.cpu_count() or 1, memory // BYTES_PER_JOB))
+
+
+class CMakeBuild(build_ext):
+    """One CMake run builds the operator library and, where pybind11 is at hand, resona_ext._C."""
+
+    def get_ext_filename(self, name: str) -> str:
+        if name.endswith("libresona"):  # no Python symbols, so no Python tag
+            return os.path.join(*name.split(".")[:-1], "libresona.so")
+        return super().get_ext_filename(name)
+
+    def build_extensions(self) -> None:
+        target = Path(self.get_ext_fullpath("resona_ext.libresona")).resolve().parent
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            f"-S{ROOT}",
+            f"-B{build}",
+            "-GNinja",
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DRESONA_VERSION={VERSION}",
+            f"-DRESONA_USE_CUDA={os.environ.get('RESONA_USE_CUDA', 'auto')}",
+            f"-DRESONA_PYBIND={os.environ.get('RESONA_PYBIND', 'auto')}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        subprocess.check_call(configure)
+        subprocess.check_call(["cmake", "--build", str(build), "--parallel", str(jobs())])
+        self.extensions = [
+            e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()
+        ]
+
+
+setup(
+    version=VERSION,
+    # Named here, and not left to plug-ins: other build tools in the environment may register one that
+    # would take over build_ext.
+    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[Extension("resona_ext.libresona", []), Extension("resona_ext._C", [])],
+)
