@@ -105,19 +105,21 @@ def _setup_fused(ctx, inputs, keyword_only_inputs, output):
 
 
 def _backward_fused(ctx, out_gradient, lse_gradient, _, score_gradient):
-    query, key, value, query_embedding, context_embedding, score_scale = ctx.saved_tensors[:6]
-    sink, cu_seqlens, out, lse, indices, scores = ctx.saved_tensors[6:]
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    query, key, value, query_embedding, context_embedding, score_scale = saved[:6]
+    sink, cu_seqlens, out, lse, indices, scores = saved[6:]
     dq = dk = dv = dsink = dscale = dquery_embedding = dcontext_embedding = None
     if out_gradient is not None or lse_gradient is not None:
         used_scores = torch.where(indices >= 0, scores, 0.0)  # score_scale * -inf would be NaN
         bias = None
         if score_scale is not None:
             bias = (score_scale[:, None] * used_scores).to(score_scale.dtype)
-        saved = (query, key, value, indices, sink, cu_seqlens, out, lse)
-        dq, dk, dv, dbias, dsink = _attend_gradients(ctx, out_gradient, lse_gradient, saved, bias)
+        needed = (query, key, value, indices, sink, cu_seqlens, out, lse)
+        dq, dk, dv, dbias, dsink = _attend_gradients(ctx, out_gradient, lse_gradient, needed, bias)
         dsink = None if sink is None else dsink
         if score_scale is not None:
-            dscale = (dbias * used_scores).sum(dim=(0, 1, 3)).to(score_scale.dtype)
+            # One number out of B T k terms that may cancel: summed in float64.
+            dscale = (dbias.double() * used_scores).sum(dim=(0, 1, 3)).to(score_scale.dtype)
             through_bias = (dbias * score_scale[:, None]).to(scores.dtype)
             score_gradient = (
                 through_bias if score_gradient is None else score_gradient + through_bias

@@ -9,8 +9,8 @@
 
 namespace resona::cpu {
 
-// c[m, n] = a[m, depth] * b[depth, n], added to c if `accumulate`. The sum runs over depth in ascending
-// order for every element, whatever the tiling. n is a multiple of 16.
+// c[m, n] = a[m, depth] * b[depth, n], added to c if `accumulate`. Every element is summed in the same
+// order whatever m and n, so a row's result does not depend on the rows beside it. n is a multiple of 16.
 template <class A>
 struct Gemm {
   int64_t m, n, depth;
