@@ -8,6 +8,7 @@ operators themselves are not differentiable: asking for it is an error, not a wr
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 ops = torch.ops.resona
 
@@ -153,13 +154,40 @@ def _refuse_double_backward(name: str):
     return backward
 
 
-def register() -> None:
-    register_autograd = torch.library.register_autograd
-    register_autograd(
-        "resona::pool_chunks", _backward_pool_chunks, setup_context=_setup_pool_chunks
-    )
-    register_autograd("resona::retrieve", _backward_retrieve, setup_context=_setup_retrieve)
-    register_autograd("resona::attend", _backward_attend, setup_context=_setup_attend)
-    register_autograd("resona::fused_retrieve_attend", _backward_fused, setup_context=_setup_fused)
-    for name in ("_pool_chunks_backward", "_retrieve_backward", "_attend_backward"):
-        register_autograd(f"resona::{name}", _refuse_double_backward(name))
+def _refuse_tangents(name: str, arguments) -> None:
+    for t in arguments:
+        if isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"resona::{name}: forward-mode differentiation: expected inputs without tangents, got a "
+                "dual tensor. Use reverse mode: backward() or torch.autograd.grad()."
+            )
+
+
+class _ReverseModeLibrary(torch.library.Library):
+    """torch's autograd kernel drops tangents in silence; one registered here refuses them."""
+
+    def impl(self, op_name, fn, dispatch_key="", **options):
+        def guarded(keyset, *args, **kwargs):
+            if getattr(forward_ad, "_current_level", 0) >= 0:
+                _refuse_tangents(op_name, args)
+            return fn(keyset, *args, **kwargs)
+
+        super().impl(op_name, guarded, dispatch_key, **options)
+
+
+def register() -> torch.library.Library:
+    """The registrations live as long as the library that is returned."""
+    library = _ReverseModeLibrary("resona", "IMPL")
+    for name, setup, backward in (
+        ("pool_chunks", _setup_pool_chunks, _backward_pool_chunks),
+        ("retrieve", _setup_retrieve, _backward_retrieve),
+        ("attend", _setup_attend, _backward_attend),
+        ("fused_retrieve_attend", _setup_fused, _backward_fused),
+        ("_pool_chunks_backward", None, _refuse_double_backward("_pool_chunks_backward")),
+        ("_retrieve_backward", None, _refuse_double_backward("_retrieve_backward")),
+        ("_attend_backward", None, _refuse_double_backward("_attend_backward")),
+    ):
+        torch.library.register_autograd(
+            f"resona::{name}", backward, setup_context=setup, lib=library
+        )
+    return library

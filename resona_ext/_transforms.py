@@ -150,7 +150,8 @@ def _register_flops() -> None:
         return 5 * _attend_flops(query_shape, indices[3] * chunk_size) // 2
 
 
-def register() -> None:
+def register() -> torch.library.Library:
+    """The registrations live as long as the library that is returned."""
     library = torch.library.Library("resona", "IMPL")
     for name in ROWS:
         for device_type in ("cpu", "cuda"):
@@ -158,4 +159,4 @@ def register() -> None:
             library.impl(name, _autocast_kernel(name, device_type), key, with_keyset=True)
         torch.library.register_vmap(f"resona::{name}", _vmap_rule(name))
     _register_flops()
-    globals()["_library"] = library  # registrations live as long as the Library object
+    return library

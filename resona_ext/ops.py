@@ -24,5 +24,4 @@ resona = torch.ops.resona
 from . import _autograd, _fakes, _transforms  # noqa: E402
 
 _fakes.register()
-_autograd.register()
-_transforms.register()
+_libraries = (_autograd.register(), _transforms.register())

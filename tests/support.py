@@ -138,7 +138,8 @@ def _permuted(length: int, dim: int) -> Tensor:
 
 def _zipf(length: int, dim: int) -> Tensor:
     weights = 1.0 / torch.arange(1, 201)
-    return _vocabulary(200, dim)[torch.multinomial(weights, length, replacement=True)]
+    words = torch.multinomial(weights, max(length, 1), replacement=True)
+    return _vocabulary(200, dim)[words[:length]]
 
 
 def _letters(count: int):

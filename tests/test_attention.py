@@ -199,7 +199,7 @@ def test_large_logits_do_not_overflow():
     p = Problem(dtype=torch.float32)
     p.tensors["query"] *= 1e4
     p.tensors["key"] *= 1e4
-    out, lse = attend_both(p, selection(p))
+    out, _ = attend_both(p, selection(p))
     assert out.isfinite().all()
 
 
@@ -277,7 +277,7 @@ def test_rows_do_not_depend_on_the_batch_around_them():
             for k, t in p.arguments().items()
         }
         assert all(
-            torch.equal(w[b : b + 1], o) for w, o in zip(whole, ops.fused_retrieve_attend(**one))
+            torch.equal(w[b : b + 1], o) for w, o in zip(whole, ops.fused_retrieve_attend(**one), strict=True)
         )
 
 

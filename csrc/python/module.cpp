@@ -69,9 +69,10 @@ PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t head
   check(s);
   require(threads >= 1, "threads", "at least 1", std::to_string(threads));
   require(device == "cpu", "device", "cpu (this version has no CUDA kernels)", device);
-  const resona::Plan p = resona::make_plan(
-      s, dtype_named("dtype", dtype),
-      dtype_named("embedding_dtype", embedding_dtype.empty() ? dtype : embedding_dtype), {threads});
+  const resona::DType rows = dtype_named("dtype", dtype);
+  const resona::DType embeddings =
+      embedding_dtype.empty() ? rows : dtype_named("embedding_dtype", embedding_dtype);
+  const resona::Plan p = resona::make_plan(s, rows, embeddings, {threads});
   return {{{"pool", p.pool.kernel, p.pool.reason, {{"chunks_per_task", p.pool.chunks_per_task}}},
            {"search",
             p.search.kernel,

@@ -1,0 +1,162 @@
+"""The house rules that a compiler does not enforce, and the binary that comes out."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import resona_ext
+from resona_ext import ops
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+
+
+def sources(*folders):
+    return [
+        p
+        for f in folders
+        for p in (CSRC / f).rglob("*")
+        if p.suffix in {".h", ".cpp", ".cu", ".cuh", ".inc"}
+    ]
+
+
+def test_torch_stops_at_ops():
+    for path in sources("common", "cpu", "cuda", "python"):
+        assert not re.search(r'#include\s*[<"](torch|ATen|c10)/', path.read_text()), path
+
+
+def test_inline_assembly_lives_in_ptx():
+    for path in sources("common", "cpu", "cuda", "ops", "python"):
+        if "ptx" not in path.parts:
+            assert not re.search(r"\basm\b\s*(volatile\s*)?\(", path.read_text()), path
+
+
+def test_canonical_arithmetic_uses_nothing_approximate():
+    text = (CSRC / "common" / "canonical.h").read_text()
+    assert not re.search(r"rsqrt|__f\w+_r|fma\(|float\s+norm", text)
+
+
+def test_contraction_is_off_in_every_host_compilation():
+    assert "-ffp-contract=off" in (ROOT / "CMakeLists.txt").read_text()
+
+
+def test_files_stay_readable():
+    for path in [*sources("common", "cpu", "ops", "python"), *(ROOT / "resona_ext").rglob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def needed(library: Path) -> set[str]:
+    text = subprocess.run(
+        ["readelf", "-d", library], check=True, capture_output=True, text=True
+    ).stdout
+    return set(re.findall(r"\(NEEDED\).*\[(.*?)\]", text))
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
+def test_needed_libraries():
+    """libtorch.so must be there: on a CUDA torch it brings libtorch_cuda into scope."""
+    found = {re.sub(r"\.so.*", "", name) for name in needed(ops.LIBRARY)}
+    assert {"libtorch", "libtorch_cpu", "libc"} <= found
+    assert found <= {
+        "libtorch",
+        "libtorch_cpu",
+        "libstdc++",
+        "libgcc_s",
+        "libc",
+        "libm",
+        "ld-linux-x86-64",
+    }
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
+def test_stable_abi():
+    audit = Path(sys.executable).with_name("torch-abi-audit")
+    command = [audit, "--check", "torch", str(ops.LIBRARY)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_build_info():
+    info = json.loads(torch.ops.resona._build_info())
+    assert info["version"] == resona_ext.__version__
+    assert info["cpu_isa"] in info["cpu_isas"] and info["cpu_isas"][-1] == "portable"
+    assert info["torch_target"] == "2.11"
+
+
+def run_python(code: str, **environment) -> subprocess.CompletedProcess:
+    variables = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=ROOT
+    )
+
+
+def test_setup_imports_no_torch_and_names_its_build_command():
+    """Metadata must come out where there is no torch, and no plug-in may take over build_ext."""
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version'];"
+        "import setuptools, runpy; keep = {}; real = setuptools.setup;"
+        "setuptools.setup = lambda **k: keep.update(k) or real(**k);"
+        "runpy.run_path('setup.py');"
+        "assert keep['cmdclass']['build_ext'].__name__ == 'CMakeBuild'"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().splitlines()[-1] == resona_ext.__version__
+
+
+def test_package_imports_without_the_pybind_module():
+    code = "import sys; sys.modules['resona_ext._C'] = None; import resona_ext as r; r.Resona(8, num_heads=1)"
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_unknown_instruction_set_is_one_clear_error():
+    code = "import torch, resona_ext; torch.ops.resona.pool_chunks(torch.ones(1, 4, 1, 4), 2)"
+    result = run_python(code, RESONA_CPU_ISA="mmx")
+    assert result.returncode != 0
+    assert re.search(
+        r"resona: RESONA_CPU_ISA: expected one of .*portable on this processor, got mmx",
+        result.stderr,
+    )
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_other_instruction_sets(isa):
+    """The exactness and gradient tests again, on the narrower kernels that this processor also runs."""
+    if isa not in json.loads(torch.ops.resona._build_info())["cpu_isas"]:
+        pytest.skip(f"this processor does not run {isa}")
+    tests = [str(ROOT / "tests" / name) for name in ("test_retrieval.py", "test_attention.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "RESONA_CPU_ISA": isa}
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_canonical_arithmetic_compiles_for_the_device(tmp_path):
+    """The same header for the GPU, with IEEE division and square root and nothing flushed."""
+    source = tmp_path / "canonical.cu"
+    source.write_text(
+        '#include "common/canonical.h"\n'
+        "__global__ void k(const float* q, const float* c, int n, float* out) {\n"
+        "  using namespace resona::canonical;\n"
+        "  const double length = norm(q, n);\n"
+        "  out[0] = score<float>(dot(q, c, n), length);\n"
+        "  out[1] = unit(c[0], length);\n"
+        "}\n"
+    )
+    ptx = tmp_path / "canonical.ptx"
+    subprocess.run(
+        ["nvcc", "-std=c++17", "-arch=sm_80", "-ptx", f"-I{CSRC}", source, "-o", ptx], check=True
+    )
+    text = ptx.read_text()
+    assert "div.rn.f64" in text and "sqrt.rn.f64" in text
+    assert not re.search(r"\.approx|\.ftz", text)

@@ -1,0 +1,111 @@
+"""Plans: pure functions of the shape, checked on any machine."""
+
+import itertools
+
+import pytest
+
+_C = pytest.importorskip("resona_ext._C", reason="built without pybind11 (RESONA_PYBIND=0)")
+
+PROBLEM = dict(
+    batch=1,
+    queries=16384,
+    context=16384,
+    heads=4,
+    kv_heads=4,
+    head_dim=64,
+    retrieval_heads=1,
+    retrieval_dim=64,
+    chunk_size=64,
+    top_k=8,
+)
+
+
+def plan(**changes):
+    return _C.plan(**{**PROBLEM, **changes})
+
+
+def stages(**changes):
+    return {stage.name: stage for stage in plan(**changes).stages}
+
+
+def test_stages_in_order():
+    assert [s.name for s in plan().stages] == ["pool", "search", "attend"]
+
+
+SEARCH = {
+    "float32": "filter_refine",
+    "bfloat16": "filter_refine",
+    "float16": "filter_refine",
+    "float64": "exhaustive",
+}
+
+
+@pytest.mark.parametrize("dtype, kernel", SEARCH.items())
+def test_search_follows_the_embedding_dtype(dtype, kernel):
+    assert stages(embedding_dtype=dtype)["search"].kernel == kernel
+    assert stages(dtype=dtype)["search"].kernel == kernel
+
+
+def test_every_legal_shape_has_a_plan():
+    grid = itertools.product(
+        (0, 1, 70), (0, 1, 100, 2**31 - 1), (1, 37, 10**6), (1, 8, 10**5), (1, 256), (1, 64)
+    )
+    for batch, context, chunk_size, top_k, dim, threads in grid:
+        for queries in {0, min(1, context), context}:
+            p = plan(batch=batch, queries=queries, context=context, chunk_size=chunk_size, top_k=top_k,
+                     head_dim=dim, retrieval_dim=dim, threads=threads)  # fmt: skip
+            for stage in p.stages:
+                assert stage.reason and all(value >= 1 for value in stage.parameters.values()), (
+                    stage.name
+                )
+            assert p.workspace_bytes >= 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16, 128])
+def test_every_thread_gets_work(threads):
+    s = stages(threads=threads)
+    assert 16384 / s["search"].parameters["query_block"] >= threads
+    assert 4 * 16384 / s["attend"].parameters["query_range"] >= threads
+
+
+def test_workspace_stays_bounded():
+    million = dict(
+        queries=2**20, context=2**20, heads=16, kv_heads=16, head_dim=128, retrieval_dim=128
+    )
+    assert plan(**million, threads=2).workspace_bytes < 512 << 20
+    assert plan(**million, retrieval_heads=16, threads=2).workspace_bytes < 512 << 20
+
+
+def test_workspace_of_the_kernels_does_not_grow_with_the_batch():
+    """Beyond the pooled chunks, scratch belongs to threads."""
+    small, large = (plan(batch=b, threads=2).workspace_bytes - b * 256 * 64 * 4 for b in (8, 800))
+    assert large == small
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        (dict(queries=20000), "plan: queries: expected at most context = 16384, got 20000"),
+        (dict(heads=3), "plan: heads: expected a multiple of kv_heads = 4, got 3"),
+        (dict(head_dim=300), "plan: head_dim: expected 1 to 256, got 300"),
+        (
+            dict(retrieval_heads=3),
+            "plan: retrieval_heads: expected 1 or a divisor of kv_heads = 4, got 3",
+        ),
+        (dict(chunk_size=0), "plan: chunk_size: expected at least 1, got 0"),
+        (dict(top_k=-1), "plan: top_k: expected at least 1, got -1"),
+        (dict(threads=0), "plan: threads: expected at least 1, got 0"),
+        (
+            dict(dtype="int8"),
+            "plan: dtype: expected float32, float16, bfloat16 or float64, got int8",
+        ),
+        (
+            dict(device="cuda"),
+            "plan: device: expected cpu (this version has no CUDA kernels), got cuda",
+        ),
+    ],
+)
+def test_illegal_problems_say_why(changes, text):
+    with pytest.raises(ValueError) as error:
+        plan(**changes)
+    assert str(error.value) == text
