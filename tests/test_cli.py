@@ -436,6 +436,7 @@ def test_explain_prints_the_plan(fake_extension, capsys):
         "top_k": 3,
         "threads": 5,
         "dtype": "bfloat16",
+        "embedding_dtype": "bfloat16",
         "device": "cpu",
     }
 

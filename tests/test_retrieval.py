@@ -171,6 +171,19 @@ def test_any_strides(layout):
     assert_same_bits(*both(view, view, 5, 3))
 
 
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=name_of)
+def test_unaligned_pointers(dtype):
+    """Not even aligned to an element."""
+    plain = torch.randn(1, 40, 1, 9).to(dtype)
+    raw = bytearray(1) + bytearray(plain.contiguous().view(torch.uint8).numpy().tobytes())
+    moved = torch.frombuffer(raw, dtype=torch.uint8)[1:].numpy()
+    view = torch.from_numpy(moved).untyped_storage()
+    unaligned = torch.empty(0, dtype=dtype).set_(view, 0, plain.shape)
+    assert unaligned.data_ptr() % unaligned.element_size() != 0
+    got = ops.retrieve(unaligned, ops.pool_chunks(unaligned, 3), 3, 4, 40)
+    assert_same_bits(got, reference.retrieve(plain, reference.pool_chunks(plain, 3), 3, 4, 40))
+
+
 def test_large_dimension_is_streamed():
     context = embeddings("zipf", 1, 60, 1, 3000, torch.bfloat16)
     assert_same_bits(*both(context, context, 3, 4))

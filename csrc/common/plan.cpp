@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kTasksPerThread = 4;           // enough to balance causal work
 constexpr int64_t kAccumulatorBytes = 16 << 20;  // per thread; beyond it the gain is gone
+constexpr int64_t kSearchBytes = 8 << 20;        // per thread, for the rows of one query block
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -31,7 +32,11 @@ PoolPlan plan_pool(const Shape& s, const Device& device) {
 SearchPlan plan_search(const Shape& s, DType embedding_dtype, const Device& device) {
   const int64_t lanes = s.batch * s.retrieval_heads;
   SearchPlan plan;
-  plan.query_block = balanced(s.queries, lanes, 6, 192, device);
+  // A block's queries and top-k lists stay in cache, and in bounds for any E and k.
+  const int64_t slots = std::min(s.top_k, s.context / s.chunk_size);
+  const int64_t row_bytes = 2 * s.retrieval_dim * accumulator_size(embedding_dtype) + 12 * slots;
+  const int64_t affordable = kSearchBytes / row_bytes / 6 * 6;
+  plan.query_block = balanced(s.queries, lanes, 6, std::clamp<int64_t>(affordable, 6, 192), device);
   plan.chunk_block = 64;
   if (embedding_dtype == DType::kFloat64) {
     plan.kernel = "exhaustive";

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         note = "" if default is None else " (default: %(default)s)"
         parser.add_argument(f"--{flag}", type=_int64, default=default, help=meaning + note)
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
+    parser.add_argument("--embedding-dtype", help="default: like --dtype")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
 
 
@@ -81,7 +82,11 @@ def _problem(arguments: argparse.Namespace) -> dict[str, int | str]:
     for name, default in defaults.items():
         if problem[name] is None:
             problem[name] = default
-    return problem | {"dtype": arguments.dtype, "device": arguments.device}
+    return problem | {
+        "dtype": arguments.dtype,
+        "embedding_dtype": arguments.embedding_dtype or arguments.dtype,
+        "device": arguments.device,
+    }
 
 
 def _load_extension():

@@ -38,6 +38,13 @@ inline uint16_t half_of(float x) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+// Pointers may be unaligned, even for the element type.
+inline uint16_t read_uint16(const void* from, int64_t i) {
+  uint16_t h;
+  __builtin_memcpy(&h, static_cast<const char*>(from) + 2 * i, 2);
+  return h;
+}
+
 inline void load_float32(const void* from, float* to, int64_t n) {
   __builtin_memcpy(to, from, static_cast<size_t>(n) * 4);
 }
@@ -52,8 +59,7 @@ inline void store_float64(const double* from, void* to, int64_t n) {
 }
 
 inline void load_bfloat16(const void* from, float* to, int64_t n) {
-  const uint16_t* source = static_cast<const uint16_t*>(from);
-  for (int64_t i = 0; i < n; ++i) to[i] = float_of(static_cast<uint32_t>(source[i]) << 16);
+  for (int64_t i = 0; i < n; ++i) to[i] = float_of(static_cast<uint32_t>(read_uint16(from, i)) << 16);
 }
 inline void store_bfloat16(const float* from, void* to, int64_t n) {
   uint16_t* target = static_cast<uint16_t*>(to);
@@ -61,13 +67,14 @@ inline void store_bfloat16(const float* from, void* to, int64_t n) {
 }
 
 inline void load_float16(const void* from, float* to, int64_t n) {
-  const uint16_t* source = static_cast<const uint16_t*>(from);
   int64_t i = 0;
 #if defined(__F16C__)
+  const char* source = static_cast<const char*>(from);
   for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+    _mm256_storeu_ps(to + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 2 * i))));
 #endif
-  for (; i < n; ++i) to[i] = half_to_float(source[i]);
+  for (; i < n; ++i) to[i] = half_to_float(read_uint16(from, i));
 }
 inline void store_float16(const float* from, void* to, int64_t n) {
   uint16_t* target = static_cast<uint16_t*>(to);
