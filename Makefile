@@ -3,15 +3,17 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+SETTINGS := $(PYTHON) $(RESONA_USE_CUDA) $(RESONA_PYBIND) $(CMAKE_ARGS)
+CPP := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.inc'
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml resona_ext/version.py
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format clean
+.PHONY: help build demo test bench lint format clean FORCE
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-build: build/.installed  ## compile the operators and install the package into .venv
+build: resona_ext/libresona.so  ## compile the operators and install the package into .venv
 
 demo: build  ## train, search a document, time the operator, save demo.png
 	$(BIN)/python -m resona_ext demo
@@ -19,15 +21,18 @@ demo: build  ## train, search a document, time the operator, save demo.png
 test: build  ## run all tests
 	$(BIN)/python -m pytest
 
+bench: build  ## time the operator against its peers; ARGS="--help" lists the options
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
 lint: .venv/.ready  ## check style of Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $$($(CPP))
 
 format: .venv/.ready  ## rewrite Python and C++ in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format -i $$($(CPP))
 
 clean:  ## remove build products and the environment
 	rm -rf .venv build dist resona_ext.egg-info resona_ext/*.so demo.png
@@ -38,6 +43,11 @@ clean:  ## remove build products and the environment
 	$(BIN)/python -m pip install --quiet -r constraints.txt
 	@touch $@
 
-build/.installed: .venv/.ready $(SOURCES)
+resona_ext/libresona.so: .venv/.ready build/.settings $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
-	@mkdir -p build && touch $@
+	@touch $@
+
+# Changes when a setting that the build depends on does.
+build/.settings: FORCE
+	@mkdir -p build
+	@echo "$(SETTINGS)" | cmp -s - $@ || echo "$(SETTINGS)" > $@

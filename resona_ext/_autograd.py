@@ -13,10 +13,6 @@ from torch.autograd import forward_ad
 ops = torch.ops.resona
 
 
-def _none_of(ctx, count: int) -> tuple[None, ...]:
-    return (None,) * count
-
-
 def _setup_pool_chunks(ctx, inputs, output):
     context_embedding, ctx.chunk_size, cu_seqlens = inputs
     ctx.save_for_backward(context_embedding, cu_seqlens)
@@ -73,7 +69,7 @@ def _attend_gradients(ctx, out_gradient, lse_gradient, saved, bias):
 
 def _backward_attend(ctx, out_gradient, lse_gradient):
     if out_gradient is None and lse_gradient is None:
-        return _none_of(ctx, 8)
+        return (None,) * 8
     query, key, value, indices, bias, sink, cu_seqlens, out, lse = ctx.saved_tensors
     saved = (query, key, value, indices, sink, cu_seqlens, out, lse)
     dq, dk, dv, dbias, dsink = _attend_gradients(ctx, out_gradient, lse_gradient, saved, bias)

@@ -88,20 +88,15 @@ def _vmap_rule(name: str):
 def _search_flops(query_shape, context_length: int, chunk_size: int) -> int:
     """Every query against every chunk in its past, two operations per element."""
     batch, queries, heads, dim = query_shape
-    chunks = context_length // chunk_size
     first = context_length - queries
-    # Row p sees min(p // S, C) chunks: a sum over whole chunks, without a loop over rows.
-    seen = sum(
-        _chunks_before(position, chunk_size, chunks) * sign
-        for position, sign in ((context_length, 1), (first, -1))
-    )
+    seen = _chunks_before(context_length, chunk_size) - _chunks_before(first, chunk_size)
     return 2 * batch * heads * dim * seen
 
 
-def _chunks_before(position: int, chunk_size: int, chunks: int) -> int:
-    """Sum of p // S over 0 <= p < position."""
+def _chunks_before(position: int, chunk_size: int) -> int:
+    """Sum of p // S over 0 <= p < position, without a loop over rows."""
     whole, rest = divmod(position, chunk_size)
-    return chunk_size * whole * (whole - 1) // 2 + rest * min(whole, chunks)
+    return chunk_size * whole * (whole - 1) // 2 + rest * whole
 
 
 def _attend_flops(query_shape, tokens_per_query: int) -> int:

@@ -29,7 +29,7 @@ ELIGIBILITY = ("strict", "inclusive")
 MAX_HEAD_DIM = 256
 DEFAULT_RETRIEVAL_DIM = 128
 DEFAULT_ALPHA = {"gate": None, "fixed": 0.5, "additive": 1.0}
-INITIAL_SCORE_SCALE = 10.0  # 5 to 20 learn to retrieve, 1 and 2 did not
+INITIAL_SCORE_SCALE = 10.0  # a cosine is small: at 1 or 2 the scores weigh too little to train
 
 
 class Resona(nn.Module):
@@ -58,10 +58,10 @@ class Resona(nn.Module):
         top_k: chunks per query, k. An attribute; the knob between accuracy and time at test time.
         retrieval_heads: selections per token, R. 1 is the paper's (one for all heads), else a
             divisor of Hkv: key/value head h follows retrieval head h // (Hkv // R).
-        retrieval_dim: E, per retrieval head. Default min(d, 128). Recall of a chunk grows with it:
-            one token in mean-pooled random chunks (4,096 tokens, S 64, k 8) is found with 0.44,
-            0.62, 0.81, 0.99 at E 64, 128, 256, 768. With R > 1 choose E < d: at E >= d all heads
-            start, and if frozen stay, with one selection, since tied isometries keep every cosine.
+        retrieval_dim: E, per retrieval head. Default min(d, 128). The more tokens a chunk averages
+            and the longer the context, the more dimensions it takes to find one of them. With R > 1
+            choose E < d: at E >= d all heads start, and if frozen stay, with one selection, since
+            tied isometries keep every cosine.
         encoder: how e becomes chunk embeddings.
             "tied": one linear map for x and e, then the mean of the chunk. Starts as the identity
             where R * E == d or E >= d, with orthonormal rows below, jointly over the heads while
@@ -82,7 +82,8 @@ class Resona(nn.Module):
             which a token may attend to nothing: the encoders learn through both. Train at k >= 4,
             lower k later.
         normalize_embeddings: root-mean-square norm on e, per token, before the context encoder.
-            Without it, retrieval decays as tied token embeddings train (0.99 to 0.61 of the hits).
+            Without it, long embeddings outweigh the rest of their chunk, and retrieval decays as
+            tied token embeddings train.
         normalize_key_value: the same norm on e before W_k and W_v. Off: raw embeddings.
         rope_base: base of rotary positions on query and key, half-split, counted from the start of
             each sequence. None, the default: no positions, as e carries none.
@@ -294,6 +295,9 @@ class Resona(nn.Module):
             require(cu_seqlens is None, "attention_mask", expected, "both")
             got = list(attention_mask.shape)
             require(got == list(x.shape[:2]), "attention_mask", f"{list(x.shape[:2])}", got)
+            # An additive float mask (0 at tokens) would be read upside down.
+            dtype, expected = attention_mask.dtype, "bool or integer, 1 at tokens"
+            require(not dtype.is_floating_point, "attention_mask", expected, dtype)
         if cu_seqlens is not None:
             valid = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1
             valid = valid and cu_seqlens.dtype == torch.int32

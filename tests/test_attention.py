@@ -251,6 +251,33 @@ def test_zero_norm_rows_get_zero_gradient():
     assert torch.count_nonzero(a["context_embedding"].grad[0, 8:12]) == 0
 
 
+@pytest.mark.parametrize(
+    "level", [1e2, 1e4, 1e6, -1e6, -1e9, float(torch.finfo(torch.float32).min)]
+)
+@pytest.mark.parametrize("sink", [False, True])
+def test_gradients_under_a_large_common_bias(level, sink):
+    """A bias of all slots leaves the weights as they are; the rounding of lse must not reach them."""
+    p = Problem(heads=4, kv_heads=2, retrieval_heads=2)
+    indices = selection(p)
+    bias = torch.full(indices.shape, level) + torch.randn(indices.shape)
+    sinks = torch.full((p.heads,), level) if sink else None
+    weights = torch.randn(p.batch, p.queries, p.heads, p.head_dim).double()
+
+    def gradients(function, dtype):
+        rows = [p.tensors[k].to(dtype).requires_grad_() for k in ("query", "key", "value")]
+        extras = [t.to(dtype).requires_grad_() for t in (bias, sinks) if t is not None]
+        out, _ = function(*rows, indices, p.chunk_size, *extras)
+        return torch.autograd.grad((out.double() * weights).sum(), [*rows, *extras])
+
+    got, plain = (gradients(f, torch.float32) for f in (ops.attend, reference.attend))
+    truth = gradients(reference.attend, torch.float64)
+    for name, *grads in zip(
+        ("query", "key", "value", "bias", "sink"), got, plain, truth, strict=False
+    ):
+        rounding = 2e-6 * math.sqrt(p.batch * p.queries * p.heads) if name == "sink" else 2e-6
+        assert_no_worse(f"d {name}", *grads, rounding=rounding)
+
+
 @pytest.mark.parametrize("case", ["everything", "packed", "several ranges"])
 def test_same_bits_for_any_number_of_threads(case, threads):
     results = []
@@ -277,7 +304,8 @@ def test_rows_do_not_depend_on_the_batch_around_them():
             for k, t in p.arguments().items()
         }
         assert all(
-            torch.equal(w[b : b + 1], o) for w, o in zip(whole, ops.fused_retrieve_attend(**one), strict=True)
+            torch.equal(w[b : b + 1], o)
+            for w, o in zip(whole, ops.fused_retrieve_attend(**one), strict=True)
         )
 
 

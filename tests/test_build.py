@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,11 @@ from resona_ext import ops
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
+# cmake and ninja come from the environment that runs the tests, activated or not.
+BUILD_ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
 
 
 def sources(*folders):
@@ -43,8 +50,56 @@ def test_canonical_arithmetic_uses_nothing_approximate():
     assert not re.search(r"rsqrt|__f\w+_r|fma\(|float\s+norm", text)
 
 
-def test_contraction_is_off_in_every_host_compilation():
-    assert "-ffp-contract=off" in (ROOT / "CMakeLists.txt").read_text()
+def test_contraction_is_off_in_every_host_compilation(tmp_path):
+    command = ["cmake", f"-S{ROOT}", f"-B{tmp_path}", "-GNinja", "-DRESONA_USE_CUDA=0", "-DRESONA_PYBIND=0",
+               f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, env=BUILD_ENVIRONMENT)
+    compiled = json.loads((tmp_path / "compile_commands.json").read_text())
+    assert {Path(c["file"]).name for c in compiled} >= {
+        "search.cpp",
+        "kernels_portable.cpp",
+        "attend.cpp",
+    }
+    assert all("-ffp-contract=off" in c["command"].split() for c in compiled)
+
+
+def test_cuda_is_refused_where_it_cannot_be_built(tmp_path):
+    command = ["cmake", f"-S{ROOT}", f"-B{tmp_path}", "-GNinja", "-DRESONA_USE_CUDA=1",
+               f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_CUDA_COMPILER=/nowhere/nvcc"]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, env=BUILD_ENVIRONMENT)
+    assert result.returncode != 0 and "nvcc" in result.stderr
+
+
+@pytest.mark.slow
+def test_wheel_from_sdist(tmp_path):
+    """What a user gets from a source archive: it holds all it needs and no binary of this machine."""
+    checkout = tmp_path / "checkout"
+    skip = shutil.ignore_patterns(
+        ".venv", "build", ".git", "*.so", "*.egg-info", "__pycache__", "results"
+    )
+    shutil.copytree(ROOT, checkout, ignore=skip)
+    (checkout / "resona_ext" / "libresona.so").write_bytes(b"not to be packed")
+    run = {"check": True, "capture_output": True, "env": BUILD_ENVIRONMENT}
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=checkout, **run)
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        names = {name.split("/", 1)[-1] for name in content.getnames()}
+    assert {"CMakeLists.txt", "csrc/cpu/micro/kernel_set.inc", "tests/support.py"} <= names
+    assert not any(name.endswith(".so") for name in names)
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        tmp_path,
+    ]
+    subprocess.run([*wheel, archive], **run)
+    (built,) = tmp_path.glob("*.whl")
+    assert "resona_ext/libresona.so" in zipfile.ZipFile(built).namelist()
 
 
 def test_files_stay_readable():

@@ -418,7 +418,7 @@ def test_short_inputs(name, length):
     out = layer(x, e, y)
     expected = dense_layer(layer, x, e, y, settings) if length else y
     torch.testing.assert_close(out, expected)
-    mask = torch.ones(2, length)
+    mask = torch.ones(2, length, dtype=torch.long)
     torch.testing.assert_close(layer(x, e, y, attention_mask=mask), out)
 
 
@@ -649,7 +649,11 @@ BAD_INPUTS = [
     ({"mixer_output": X[0]}, "mixer_output must be [1, 4, 12] like hidden_states, got [4, 12]"),
     ({"attention_mask": X[0]}, "attention_mask must be [1, 4], got [4, 12]"),
     (
-        {"attention_mask": torch.ones(1, 4), "cu_seqlens": CU},
+        {"attention_mask": torch.zeros(1, 4)},
+        "attention_mask must be bool or integer, 1 at tokens, got torch.float32",
+    ),
+    (
+        {"attention_mask": torch.ones(1, 4, dtype=torch.bool), "cu_seqlens": CU},
         "attention_mask must be None with cu_seqlens (packed sequences have no padding), got both",
     ),
     ({"cu_seqlens": CU.long()}, "cu_seqlens must be torch.int32 [n + 1], got torch.int64 [2]"),

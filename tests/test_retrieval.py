@@ -125,6 +125,20 @@ def test_nan_ranks_below_every_number_and_fills_by_index(bad, where):
     assert_same_bits(got, reference.retrieve(query, chunks, 4, 12, 120))
 
 
+@pytest.mark.parametrize("last", [0.0, 1e-30])
+def test_a_nan_chunk_does_not_hide_the_norms_of_its_tile(last):
+    """Scores near zero by cancellation: the filter's bound must come from the large chunks."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        query = torch.randn(1, 1, 1, 64)
+        chunks = torch.randn(1, 41, 1, 64)
+        chunks -= (chunks * query).sum(-1, keepdim=True) / query.square().sum() * query
+        chunks[0, 38] = math.nan
+        chunks[0, 39] = last
+        got = ops.retrieve(query, chunks, 1, 3, 41)
+        assert_same_bits(got, reference.retrieve(query, chunks, 1, 3, 41))
+
+
 def test_nan_context_reaches_its_own_chunk_only():
     context = torch.randn(1, 20, 1, 4)
     context[:, 6] = math.nan

@@ -107,11 +107,13 @@ def test_opcheck_of_the_backward_operators(variant):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("grouped", [False, True], ids=["one head", "grouped"])
+@pytest.mark.parametrize(
+    "heads", [(1, 1, 1), (4, 2, 2), (4, 2, 1)], ids=["one", "grouped", "shared"]
+)
 @pytest.mark.parametrize("score_scale", [False, True], ids=["hard", "score scale"])
 @pytest.mark.parametrize("sink", [False, True], ids=["no sink", "sink"])
-def test_gradcheck_fused(packed, grouped, score_scale, sink):
-    heads = dict(heads=4, kv_heads=2, retrieval_heads=2) if grouped else dict(heads=1, kv_heads=1)
+def test_gradcheck_fused(packed, heads, score_scale, sink):
+    heads = dict(zip(("heads", "kv_heads", "retrieval_heads"), heads, strict=True))
     size = dict(lengths=[6, 0, 5]) if packed else dict(batch=1, queries=8, context=9)
     p = small(torch.float64, head_dim=3, score_scale=score_scale, sink=sink, **heads, **size)
     a = requiring_grad(p.arguments())
@@ -128,9 +130,13 @@ def test_gradcheck_fused(packed, grouped, score_scale, sink):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("sink", [False, True], ids=["no sink", "sink"])
-def test_gradcheck_attend_with_bias(packed, sink):
+@pytest.mark.parametrize(
+    "heads", [(1, 1, 1), (4, 2, 2), (4, 2, 1)], ids=["one", "grouped", "shared"]
+)
+def test_gradcheck_attend_with_bias(packed, sink, heads):
     size = dict(lengths=[6, 0, 5]) if packed else dict(batch=1, queries=8, context=9)
-    p = small(torch.float64, head_dim=3, sink=sink, heads=4, kv_heads=2, retrieval_heads=2, **size)
+    heads = dict(zip(("heads", "kv_heads", "retrieval_heads"), heads, strict=True))
+    p = small(torch.float64, head_dim=3, sink=sink, **heads, **size)
     a, indices = requiring_grad(p.tensors), selection(p)
     bias = torch.randn(indices.shape, dtype=torch.float64, requires_grad=True)
     leaves = [a["query"], a["key"], a["value"], bias] + ([a["sink"]] if sink else [])

@@ -44,9 +44,9 @@ class Case:
         return f"{self.operator}/{self.pattern}/{self.dtype_name}/{self.shape.label}"
 
     def random(self, salt: int, *sizes: int) -> Tensor:
-        """Normal numbers, the same on every device and torch build: drawn in float32 on the CPU."""
-        generator = torch.Generator().manual_seed(self.seed * 1000 + salt)
-        return torch.randn(sizes, generator=generator)
+        """Normal float32 numbers, drawn where they are needed: another device, other numbers."""
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1000 + salt)
+        return torch.randn(sizes, generator=generator, device=self.device)
 
     def place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
@@ -90,7 +90,7 @@ class Case:
             # One direction that all queries share, which each chunk holds by its popularity.
             direction = torch.nn.functional.normalize(self.random(7, s.retrieval_dim), dim=0)
             wanted = direction * s.retrieval_dim**0.5
-            chunk = torch.arange(s.length) // s.chunk_size
+            chunk = torch.arange(s.length, device=self.device) // s.chunk_size
             order = self.random(8, int(chunk[-1]) + 1).argsort().argsort()
             popularity = ZIPF_STRENGTH / (1 + order[chunk].float())
             query = query + wanted

@@ -5,9 +5,11 @@
 namespace resona {
 namespace {
 
-constexpr int64_t kTasksPerThread = 4;           // enough to balance causal work
-constexpr int64_t kAccumulatorBytes = 16 << 20;  // per thread; beyond it the gain is gone
-constexpr int64_t kSearchBytes = 8 << 20;        // per thread, for the rows of one query block
+constexpr int64_t kTasksPerThread = 4;  // enough to balance causal work
+// Scratch per thread, beyond which nothing is gained, and of all threads together.
+constexpr int64_t kAttendBytes = 16 << 20, kAllAttendBytes = 256 << 20;
+constexpr int64_t kSearchBytes = 8 << 20, kAllSearchBytes = 128 << 20;
+constexpr int64_t kListEntryBytes = 28;  // index, entry, sorted entry and the slack of growing vectors
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -21,6 +23,10 @@ int64_t balanced(int64_t total, int64_t lanes, int64_t unit, int64_t most, const
 
 int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
+// A chunk longer than the context and more slots than chunks are legal; they just never come to be.
+int64_t chunk_size_of(const Shape& s) { return std::min(s.chunk_size, s.context + 1); }
+int64_t slots_of(const Shape& s) { return std::min(s.top_k, s.context / s.chunk_size); }
+
 }  // namespace
 
 PoolPlan plan_pool(const Shape& s, const Device& device) {
@@ -32,12 +38,12 @@ PoolPlan plan_pool(const Shape& s, const Device& device) {
 SearchPlan plan_search(const Shape& s, DType embedding_dtype, const Device& device) {
   const int64_t lanes = s.batch * s.retrieval_heads;
   SearchPlan plan;
-  // A block's queries and top-k lists stay in cache, and in bounds for any E and k.
-  const int64_t slots = std::min(s.top_k, s.context / s.chunk_size);
-  const int64_t row_bytes = 2 * s.retrieval_dim * accumulator_size(embedding_dtype) + 12 * slots;
-  const int64_t affordable = kSearchBytes / row_bytes / 6 * 6;
-  plan.query_block = balanced(s.queries, lanes, 6, std::clamp<int64_t>(affordable, 6, 192), device);
-  plan.chunk_block = 64;
+  // A block's queries, chunks and top-k lists stay in cache, and in bounds for any E and k.
+  const int64_t budget = std::min(kSearchBytes, kAllSearchBytes / device.threads);
+  const int64_t vector_bytes = 2 * s.retrieval_dim * accumulator_size(embedding_dtype);
+  const int64_t rows = budget / (vector_bytes + 12 * slots_of(s)) / 6 * 6;
+  plan.query_block = balanced(s.queries, lanes, 6, std::clamp<int64_t>(rows, 6, 192), device);
+  plan.chunk_block = std::clamp<int64_t>(budget / vector_bytes / 16 * 16, 16, 64);
   if (embedding_dtype == DType::kFloat64) {
     plan.kernel = "exhaustive";
     plan.reason = "float64 embeddings: every score is canonical";
@@ -53,13 +59,15 @@ AttendPlan plan_attend(const Shape& s, DType dtype, const Device& device) {
   plan.kernel = "chunk_stationary";
   plan.reason = "a chunk's keys and values are packed once and meet all queries that selected it";
   plan.row_tile = 48;
-  plan.key_tile = std::min<int64_t>(padded(s.chunk_size), 128);
+  plan.key_tile = std::min<int64_t>(padded(chunk_size_of(s)), 128);
   const int64_t chunks = std::max<int64_t>(1, s.context / s.chunk_size);
   const int64_t group = s.heads / std::max<int64_t>(1, s.kv_heads);
   // Packing pays when a chunk meets about a row tile of queries inside one range.
-  const int64_t wanted = ceil_div(plan.row_tile * chunks, std::max<int64_t>(1, s.top_k * group));
-  const int64_t row_bytes = padded(s.head_dim) * accumulator_size(dtype) * group;
-  const int64_t affordable = std::max<int64_t>(64, kAccumulatorBytes / std::max<int64_t>(1, row_bytes));
+  const int64_t slots = std::max<int64_t>(1, slots_of(s));
+  const int64_t wanted = ceil_div(plan.row_tile * chunks, slots * group);
+  const int64_t row_bytes = padded(s.head_dim) * accumulator_size(dtype) * group + kListEntryBytes * slots;
+  const int64_t budget = std::min(kAttendBytes, kAllAttendBytes / device.threads);
+  const int64_t affordable = std::max<int64_t>(64, budget / row_bytes);
   const int64_t fair = balanced(s.queries, s.batch * s.kv_heads, 64, int64_t{1} << 31, device);
   plan.query_range = std::clamp<int64_t>(std::max<int64_t>(wanted, 1024), 64, std::min(affordable, fair));
   plan.list_chunks = balanced(chunks, s.batch * s.kv_heads, 1, 64, device);
@@ -71,10 +79,9 @@ Plan make_plan(const Shape& s, DType dtype, DType embedding_dtype, const Device&
   const int64_t width = accumulator_size(dtype), group = s.heads / std::max<int64_t>(1, s.kv_heads);
   const int64_t dim = padded(s.head_dim), embedding = padded(s.retrieval_dim);
   const int64_t search = (2 * plan.search.query_block + 2 * plan.search.chunk_block) * embedding * width +
-                         plan.search.query_block * (plan.search.chunk_block * width +
-                                                    std::min(s.top_k, s.context / s.chunk_size) * 12);
+                         plan.search.query_block * (plan.search.chunk_block * width + slots_of(s) * 12);
   const AttendPlan& a = plan.attend;
-  const int64_t attend = a.query_range * (group * (dim + 2) * width + s.top_k * 16) +
+  const int64_t attend = a.query_range * (group * (dim + 2) * width + slots_of(s) * kListEntryBytes) +
                          (2 * a.key_tile + 2 * a.row_tile) * dim * width + a.row_tile * a.key_tile * width;
   const int64_t chunk_tensor =
       s.batch * (s.context / s.chunk_size) * s.retrieval_heads * s.retrieval_dim * size_of(embedding_dtype);

@@ -38,7 +38,7 @@ struct Plan {
   PoolPlan pool;
   SearchPlan search;
   AttendPlan attend;
-  int64_t workspace_bytes;  // bound for one call, outputs excluded
+  int64_t workspace_bytes;  // bound for one forward call: scratch of all threads and the pooled chunks
 };
 
 // Every legal problem has a plan. float64 embeddings are searched exhaustively.

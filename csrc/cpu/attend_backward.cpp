@@ -3,11 +3,12 @@
 // one owner, so there are no atomics, no partial results, and the same bits for any number of threads.
 //
 //   delta      per row: <d out, out> - d lse
-//   queries    a task owns a range of queries of one retrieval head: d query, d bias
+//   queries    a task owns a range of queries of one retrieval head: factor, d query, d bias
 //   chunks     a task owns some chunks of one key/value head: d key, d value
 //
-//   weight = exp(scale <query, key> + bias - lse)
+//   weight = exp(scale <query, key> + bias - lse) factor
 //   d logit = weight (<d out, value> - delta)
+//   factor = 1 / sum of exp(...): one, but for the rounding of lse, which a large bias makes coarse
 //   d query = scale d logit key     d key = scale d logit^T query     d value = weight^T d out
 #include <cmath>
 
@@ -22,22 +23,26 @@ constexpr int64_t kListBytes = 256 << 20;
 
 template <class A>
 struct Scratch {
-  Scratch(const Shape& s, const AttendPlan& plan, int64_t accumulator_rows) {
+  Scratch(const Shape& s, const AttendPlan& plan, int64_t accumulator_rows, bool with_bias) {
     const int64_t dim = padded(s.head_dim), keys = padded(plan.key_tile), rows = plan.row_tile;
     accumulator = Buffer<A>(accumulator_rows * dim);
+    total = Buffer<A>(accumulator_rows);
+    bias_gradient = Buffer<A>(with_bias ? accumulator_rows * s.top_k : 0);
     for (Buffer<A>* keys_by_dim :
          {&key, &key_transposed, &value, &value_transposed, &key_gradient, &value_gradient})
       *keys_by_dim = Buffer<A>(keys * dim);
     for (Buffer<A>* rows_by_dim : {&query, &out_gradient, &product}) *rows_by_dim = Buffer<A>(rows * dim);
     for (Buffer<A>* rows_by_keys : {&weight, &logit_gradient}) *rows_by_keys = Buffer<A>(rows * keys);
-    for (Buffer<A>* per_row : {&bias, &lse, &delta, &gradient_sum}) *per_row = Buffer<A>(rows);
+    for (Buffer<A>* per_row : {&bias, &lse, &factor, &delta, &weight_sum, &gradient_sum})
+      *per_row = Buffer<A>(rows);
   }
   Buffer<A> accumulator;                                   // d query of one range, [queries, G, D]
+  Buffer<A> total, bias_gradient;                          // of one range, [queries, G] and [queries, G, k]
   Buffer<A> key, key_transposed, value, value_transposed;  // of one key tile
   Buffer<A> key_gradient, value_gradient;                  // of one key tile
   Buffer<A> query, out_gradient, product;                  // of one row tile
   Buffer<A> weight, logit_gradient;                        // [row_tile, key_tile]
-  Buffer<A> bias, lse, delta, gradient_sum;                // [row_tile]
+  Buffer<A> bias, lse, factor, delta, weight_sum, gradient_sum;  // [row_tile]
 };
 
 template <class A>
@@ -45,6 +50,8 @@ struct Pass {
   const AttendBackwardProblem& p;
   const AttendPlan& plan;
   const A* delta;  // [B, T, H]
+  A* factor;       // [B, T, H], written by the pass over queries
+  bool in_query_pass;
 
   const Shape& shape() const { return p.forward.shape; }
   int64_t group() const { return shape().heads / shape().kv_heads; }
@@ -74,14 +81,15 @@ void recompute(const Pass<A>& pass, const RowTile& tile, int64_t key_count, Scra
     const int64_t at = head_offset(pass.shape(), tile.sequence->batch, tile.query(i), tile.head(i));
     s.lse[i] = static_cast<const A*>(f.lse)[at];
     s.delta[i] = pass.delta[at];
+    s.factor[i] = pass.in_query_pass ? A(1) : pass.factor[at];
   }
   kernel.gemm({tile.count, keys, dim, s.query.data(), width, 1, s.key_transposed.data(), keys,
                s.weight.data(), keys, false});
   kernel.gemm({tile.count, keys, dim, s.out_gradient.data(), width, 1, s.value_transposed.data(), keys,
                s.logit_gradient.data(), keys, false});
   kernel.softmax_backward({tile.count, key_count, keys, s.weight.data(), s.logit_gradient.data(),
-                           static_cast<A>(f.scale), s.bias.data(), s.lse.data(), s.delta.data(),
-                           s.gradient_sum.data()});
+                           static_cast<A>(f.scale), s.bias.data(), s.lse.data(), s.factor.data(),
+                           s.delta.data(), s.weight_sum.data(), s.gradient_sum.data()});
 }
 
 template <class A>
@@ -111,7 +119,8 @@ void compute_delta(const AttendBackwardProblem& p, A* delta, const Executor& exe
 
 // d sink = -sum over rows of exp(sink - lse) delta, in row order.
 template <class A>
-void sink_gradient(const AttendBackwardProblem& p, const A* delta, const Executor& executor) {
+void sink_gradient(const AttendBackwardProblem& p, const A* delta, const A* factor,
+                   const Executor& executor) {
   const Shape& s = p.forward.shape;
   const A* lse = static_cast<const A*>(p.forward.lse);
   for_each_task(
@@ -122,7 +131,7 @@ void sink_gradient(const AttendBackwardProblem& p, const A* delta, const Executo
         for (int64_t row = 0; row < s.batch * s.queries; ++row) {
           const int64_t at = row * s.heads + head;
           if (sink != -std::numeric_limits<A>::infinity())
-            sum -= std::exp(static_cast<double>(sink) - lse[at]) * delta[at];
+            sum -= std::exp(static_cast<double>(sink) - lse[at]) * factor[at] * delta[at];
         }
         static_cast<A*>(p.sink_gradient)[head] = static_cast<A>(sum);
       });
@@ -139,39 +148,60 @@ void query_pass_chunk(const Pass<A>& pass, const Task& task, int64_t kv_head, co
     const int64_t count = std::min(pass.plan.key_tile, shape.chunk_size - first), keys = padded(count);
     const int64_t token = task.sequence->token_begin + run.chunk * shape.chunk_size + first;
     load_key_tile(pass, *task.sequence, kv_head, token, count, s);
-    for_each_row_tile(
-        lists, run, *task.sequence, kv_head, pass.group(), task.begin, pass.plan.row_tile,
-        [&](const RowTile& tile) {
-          recompute(pass, tile, count, s);
-          kernel.gemm({tile.count, width, count, s.logit_gradient.data(), keys, 1, s.key.data(), width,
-                       s.product.data(), width, false});
-          for (int64_t i = 0; i < tile.count; ++i) {
-            kernel.add_scaled(static_cast<A>(pass.p.forward.scale), s.product.data() + i * width,
-                              s.accumulator.data() + tile.accumulator(i) * width, width);
-            if (pass.p.bias_gradient == nullptr) continue;
-            const int64_t slots = slot_offset(shape, task.sequence->batch, tile.query(i), task.head);
-            static_cast<A*>(pass.p.bias_gradient)[slots + tile.entry(i).slot] += s.gradient_sum[i];
-          }
-        });
+    for_each_row_tile(lists, run, *task.sequence, kv_head, pass.group(), task.begin, pass.plan.row_tile,
+                      [&](const RowTile& tile) {
+                        recompute(pass, tile, count, s);
+                        kernel.gemm({tile.count, width, count, s.logit_gradient.data(), keys, 1, s.key.data(),
+                                     width, s.product.data(), width, false});
+                        for (int64_t i = 0; i < tile.count; ++i) {
+                          const int64_t row = tile.accumulator(i);
+                          kernel.add_scaled(static_cast<A>(pass.p.forward.scale),
+                                            s.product.data() + i * width, s.accumulator.data() + row * width,
+                                            width);
+                          s.total[row] += s.weight_sum[i];
+                          if (pass.p.bias_gradient != nullptr)
+                            s.bias_gradient[row * shape.top_k + tile.entry(i).slot] += s.gradient_sum[i];
+                        }
+                      });
   }
+}
+
+// Divides by the sum of the weights and writes one row; the heads of a group share the bias.
+template <class A>
+void finish_query_row(const Pass<A>& pass, int64_t batch, int64_t query, int64_t head, int64_t row,
+                      int64_t retrieval_head, Scratch<A>& s) {
+  const AttendProblem& f = pass.p.forward;
+  const Shape& shape = pass.shape();
+  const int64_t at = head_offset(shape, batch, query, head), width = pass.width();
+  const A lse = static_cast<const A*>(f.lse)[at], minus_infinity = -std::numeric_limits<A>::infinity();
+  const A sink = f.sink == nullptr ? minus_infinity : static_cast<const A*>(f.sink)[head];
+  const A total = s.total[row] + (sink == minus_infinity ? A(0) : std::exp(sink - lse));
+  const A factor = total == 0 ? A(0) : 1 / total;
+  pass.factor[at] = factor;
+  A* accumulator = s.accumulator.data() + row * width;
+  for (int64_t d = 0; d < shape.head_dim; ++d) accumulator[d] *= factor;
+  kernels<A>().store_row(pass.p.query_gradient.dtype, accumulator,
+                         pass.p.query_gradient.at(batch, query, head), shape.head_dim);
+  if (pass.p.bias_gradient == nullptr) return;
+  A* to = static_cast<A*>(pass.p.bias_gradient) + slot_offset(shape, batch, query, retrieval_head);
+  kernels<A>().add_scaled(factor, s.bias_gradient.data() + row * shape.top_k, to, shape.top_k);
 }
 
 template <class A>
 void query_pass_task(const Pass<A>& pass, const Task& task, Scratch<A>& s) {
   const Shape& shape = pass.shape();
-  const int64_t group = pass.group(), width = pass.width(), batch = task.sequence->batch;
+  const int64_t group = pass.group(), batch = task.sequence->batch;
   const int64_t rows = (task.end - task.begin) * group, share = shape.kv_heads / shape.retrieval_heads;
   const ChunkLists lists =
       selection_lists<A>(pass.p.forward, *task.sequence, task.head, task.begin, task.end);
   for (int64_t kv_head = task.head * share; kv_head < (task.head + 1) * share; ++kv_head) {
-    std::fill_n(s.accumulator.data(), rows * width, A(0));
+    std::fill_n(s.accumulator.data(), rows * pass.width(), A(0));
+    std::fill_n(s.total.data(), rows, A(0));
+    if (pass.p.bias_gradient != nullptr) std::fill_n(s.bias_gradient.data(), rows * shape.top_k, A(0));
     for (const Run& run : lists.runs) query_pass_chunk(pass, task, kv_head, lists, run, s);
-    for (int64_t row = 0; row < rows; ++row) {
-      const MutableRows& to = pass.p.query_gradient;
-      kernels<A>().store_row(to.dtype, s.accumulator.data() + row * width,
-                             to.at(batch, task.begin + row / group, kv_head * group + row % group),
-                             shape.head_dim);
-    }
+    for (int64_t row = 0; row < rows; ++row)
+      finish_query_row(pass, batch, task.begin + row / group, kv_head * group + row % group, row, task.head,
+                       s);
   }
 }
 
@@ -182,7 +212,8 @@ void query_pass(const Pass<A>& pass, const Executor& executor) {
   const auto tasks =
       make_tasks(*pass.p.forward.sequences, shape.retrieval_heads, pass.plan.query_range, query_extent);
   for_each_task(
-      executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<A>(shape, pass.plan, rows); },
+      executor, static_cast<int64_t>(tasks.size()),
+      [&] { return Scratch<A>(shape, pass.plan, rows, pass.p.bias_gradient != nullptr); },
       [&](Scratch<A>& s, int64_t i) { query_pass_task(pass, tasks[i], s); });
 }
 
@@ -250,7 +281,7 @@ void chunk_pass_slab(const Pass<A>& pass, std::vector<SequenceLists>& slab, cons
                          std::max<int64_t>(0, begin - pass.plan.list_chunks), begin});
   }
   for_each_task(
-      executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<A>(shape, pass.plan, 0); },
+      executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<A>(shape, pass.plan, 0, false); },
       [&](Scratch<A>& s, int64_t i) {
         const RunTask& task = tasks[i];
         for (int64_t run = task.begin; run < task.end; ++run)
@@ -281,12 +312,12 @@ void chunk_pass(const Pass<A>& pass, const Executor& executor) {
 template <class A>
 void run(const AttendBackwardProblem& p, const AttendPlan& plan, const Executor& executor) {
   const Shape& s = p.forward.shape;
-  Buffer<A> delta(s.batch * s.queries * s.heads);
+  const int64_t rows = s.batch * s.queries * s.heads;
+  Buffer<A> delta(rows), factor(rows);
   compute_delta(p, delta.data(), executor);
-  if (p.sink_gradient != nullptr) sink_gradient(p, delta.data(), executor);
-  const Pass<A> pass{p, plan, delta.data()};
-  query_pass(pass, executor);
-  chunk_pass(pass, executor);
+  query_pass(Pass<A>{p, plan, delta.data(), factor.data(), true}, executor);
+  if (p.sink_gradient != nullptr) sink_gradient(p, delta.data(), factor.data(), executor);
+  chunk_pass(Pass<A>{p, plan, delta.data(), factor.data(), false}, executor);
 }
 
 }  // namespace

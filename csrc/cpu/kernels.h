@@ -37,7 +37,8 @@ struct SoftmaxTile {
   A* decay;             // [row_count] out: factor for what was accumulated before
 };
 
-// Recomputes the weights of a tile from lse and turns d(weight) into d(logit).
+// Recomputes the weights of a tile as exp(logit - lse) * factor and turns d(weight) into d(logit). The logit
+// is rounded as in the forward pass, so the exponent is never positive.
 template <class A>
 struct SoftmaxBackwardTile {
   int64_t row_count, columns, stride;
@@ -46,7 +47,9 @@ struct SoftmaxBackwardTile {
   A scale;
   const A* bias;    // [row_count]
   const A* lse;     // [row_count]
+  const A* factor;  // [row_count]
   const A* delta;   // [row_count] <d out, out> - d lse
+  A* weight_sum;    // [row_count] out: sum of the weights over the columns
   A* gradient_sum;  // [row_count] out: sum of d logit over the columns
 };
 

@@ -72,7 +72,7 @@ Query<A> prepare_query(const A* raw, A* filter, int64_t dim, int64_t eligible) {
   return query;
 }
 
-// Loads a tile of chunks, packs its transpose and returns its largest norm (NaN and inf included).
+// Loads a tile of chunks, packs its transpose and returns the largest norm among them; NaN counts for none.
 template <class A>
 double load_chunks(const RetrieveProblem& p, const Task& task, int64_t first, int64_t count, Scratch<A>& s) {
   const int64_t dim = p.shape.retrieval_dim, width = padded(count);
@@ -83,7 +83,7 @@ double load_chunks(const RetrieveProblem& p, const Task& task, int64_t first, in
     kernels<A>().load_row(p.chunks.dtype, p.chunks.at(task.sequence->batch, chunk, task.head), row, dim);
     for (int64_t e = 0; e < dim; ++e) s.packed[e * width + c] = row[e];
     const double norm = std::sqrt(kernels<A>().canonical_dot(row, row, dim));
-    if (!(norm <= largest)) largest = norm;
+    if (norm > largest) largest = norm;  // a NaN chunk passes the filter by itself
   }
   for (int64_t e = 0; e < dim; ++e)
     for (int64_t c = count; c < width; ++c) s.packed[e * width + c] = 0;
@@ -105,7 +105,9 @@ A threshold(const Query<A>& query, A kth_score, double largest_chunk_norm, int64
   const double bound = n * 0x1p-24 / (1 - n * 0x1p-24) * norm * largest_chunk_norm + n * 0x1p-120;
   const double wanted = static_cast<double>(kth_score) * norm;
   const double limit = wanted - 1.01 * bound - std::fabs(wanted) * 0x1p-20;
-  return limit == limit ? static_cast<A>(limit) : static_cast<A>(kLowest);
+  if (limit != limit || std::fabs(limit) > static_cast<double>(std::numeric_limits<A>::max()))
+    return static_cast<A>(kLowest);
+  return static_cast<A>(limit);
 }
 
 template <class A>

@@ -43,6 +43,14 @@ void check(const resona::Shape& s) {
   const auto at_least = [](const char* argument, int64_t value, int64_t least) {
     require(value >= least, argument, "at least " + std::to_string(least), std::to_string(value));
   };
+  // The operator has no such limits of its own: tensors of these sizes could not exist.
+  const auto at_most = [](const char* argument, int64_t value, int64_t most) {
+    require(value <= most, argument, "at most " + std::to_string(most), std::to_string(value));
+  };
+  at_most("context", s.context, (int64_t{1} << 31) - 1);
+  for (const auto& [argument, value] : {std::pair("batch", s.batch), std::pair("heads", s.heads),
+                                        std::pair("retrieval_dim", s.retrieval_dim)})
+    at_most(argument, value, int64_t{1} << 24);
   at_least("batch", s.batch, 0);
   at_least("queries", s.queries, 0);
   at_least("kv_heads", s.kv_heads, 1);

@@ -2,23 +2,16 @@
 // overwritten; nothing reads them afterwards.
 
 template <class A>
-inline int64_t fill_to_vector(A* row, int64_t columns, A filler) {
-  const int64_t end = (columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-  for (int64_t c = columns; c < end; ++c) row[c] = filler;
-  return end;
-}
-
-template <class A>
 void softmax(const SoftmaxTile<A>& t) {
   const A minus_infinity = -static_cast<A>(__builtin_inff());
   for (int64_t i = 0; i < t.row_count; ++i) {
     A* row = t.tile + i * t.stride;
-    const int64_t end = fill_to_vector(row, t.columns, minus_infinity);
+    const int64_t end = (t.columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
     const Vec<A> scale = broadcast(t.scale), bias = broadcast(t.bias[i]);
     Vec<A> best = broadcast(minus_infinity);
     for (int64_t c = 0; c < t.columns; c += kLanes<A>) {
       Vec<A> logit = fma(load(row + c), scale, bias);
-      if (c + kLanes<A> > t.columns) {  // a negative scale would turn the filler into +inf
+      if (c + kLanes<A> > t.columns) {  // the padding weighs nothing
         for (int64_t l = t.columns - c; l < kLanes<A>; ++l) logit[l] = minus_infinity;
       }
       store(row + c, logit);
@@ -49,17 +42,22 @@ void softmax_backward(const SoftmaxBackwardTile<A>& t) {
     A* gradient = t.gradient + i * t.stride;
     // A row whose logits are all -inf has no weights.
     const bool nothing = t.lse[i] == minus_infinity;
-    const Vec<A> scale = broadcast(t.scale), delta = broadcast(t.delta[i]);
-    const Vec<A> shift = broadcast(nothing ? A(0) : t.bias[i] - t.lse[i]);
-    A sum = 0;
+    const Vec<A> scale = broadcast(t.scale), bias = broadcast(t.bias[i]), delta = broadcast(t.delta[i]);
+    const Vec<A> lse = broadcast(t.lse[i]), factor = broadcast(t.factor[i]);
+    A weight_sum = 0, gradient_sum = 0;
     for (int64_t c = 0; c < t.columns; c += kLanes<A>) {
-      const Vec<A> weight = nothing ? Vec<A>{} : exp(fma(load(row + c), scale, shift));
+      const Vec<A> logit = fma(load(row + c), scale, bias);
+      const Vec<A> weight = nothing ? Vec<A>{} : exp(logit - lse) * factor;
       const Vec<A> d_logit = nothing ? Vec<A>{} : weight * (load(gradient + c) - delta);
       store(row + c, weight);
       store(gradient + c, d_logit);
       const int64_t lanes = t.columns - c < kLanes<A> ? t.columns - c : kLanes<A>;
-      for (int64_t l = 0; l < lanes; ++l) sum += d_logit[l];
+      for (int64_t l = 0; l < lanes; ++l) {
+        weight_sum += weight[l];
+        gradient_sum += d_logit[l];
+      }
     }
-    t.gradient_sum[i] = sum;
+    t.weight_sum[i] = weight_sum;
+    t.gradient_sum[i] = gradient_sum;
   }
 }
