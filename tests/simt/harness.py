@@ -136,7 +136,8 @@ def locate(message: str, library: Path) -> str:
         return message
     lines = check_output([tool, "-e", str(library), *counters]).splitlines()
     for counter, line in zip(counters, lines, strict=True):
-        message = message.replace(f"{{pc:{counter}}}", Path(line.split(" ")[0]).name)
+        place = Path(line.split(" (discriminator")[0]).name  # the folder may have spaces
+        message = message.replace(f"{{pc:{counter}}}", place)
     return message
 
 
