@@ -238,6 +238,19 @@ def test_unused_slots_send_no_gradient_to_scores():
         assert a[name].grad.isfinite().all() and a[name].grad.abs().sum() > 0
 
 
+def test_unused_slots_get_zero_bias_gradient_even_in_rows_of_nan():
+    p = Problem(batch=1, queries=61, context=61)
+    indices = selection(p)
+    indices[..., 1] = -1
+    p.tensors["query"][0, 30] = math.nan
+    bias = torch.randn(indices.shape).requires_grad_()
+    a = p.tensors
+    ops.attend(a["query"], a["key"], a["value"], indices, p.chunk_size, bias)[
+        0
+    ].square().sum().backward()
+    assert bias.grad[0, 30, 0, 0].isnan() and torch.count_nonzero(bias.grad[indices < 0]) == 0
+
+
 def test_zero_norm_rows_get_zero_gradient():
     p = Problem(batch=1, score_scale=True)
     a = p.arguments()

@@ -184,7 +184,9 @@ void finish_query_row(const Pass<A>& pass, int64_t batch, int64_t query, int64_t
                          pass.p.query_gradient.at(batch, query, head), shape.head_dim);
   if (pass.p.bias_gradient == nullptr) return;
   A* to = static_cast<A*>(pass.p.bias_gradient) + slot_offset(shape, batch, query, retrieval_head);
-  kernels<A>().add_scaled(factor, s.bias_gradient.data() + row * shape.top_k, to, shape.top_k);
+  const A* from = s.bias_gradient.data() + row * shape.top_k;
+  for (int64_t slot = 0; slot < shape.top_k; ++slot)
+    if (from[slot] != 0) to[slot] += factor * from[slot];  // a NaN factor must not reach unused slots
 }
 
 template <class A>
