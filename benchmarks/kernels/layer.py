@@ -28,17 +28,8 @@ class BlockwiseRecurrence(LinearRecurrence):
 
     BLOCK = 128
 
-    def forward(self, x: Tensor) -> Tensor:
-        mixed, gate = self.project_in(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
-        past = nn.functional.pad(mixed.transpose(1, 2), (self.convolution - 1, 0))
-        mixed = nn.functional.silu(self.short(past)).transpose(1, 2)
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed.chunk(3, dim=-1)
-        )
-        log_decay = nn.functional.logsigmoid(self.decay(x)).transpose(1, 2)
-        y = blockwise(query * query.shape[-1] ** -0.5, key, value, log_decay, self.BLOCK)
-        y = nn.functional.rms_norm(y, y.shape[-1:]).transpose(1, 2).flatten(2)
-        return self.project_out(y * nn.functional.silu(gate))
+    def recur(self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Tensor:
+        return blockwise(query, key, value, log_decay, self.BLOCK)
 
 
 def blockwise(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, block: int) -> Tensor:

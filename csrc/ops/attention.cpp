@@ -14,8 +14,6 @@ struct Prepared {  // tensors that kernels can read, kept alive
   OptionalTensor bias, sink;
 };
 
-Device device() { return {TorchExecutor().threads()}; }
-
 double scale_or_default(std::optional<double> scale, const Shape& s) {
   return scale.has_value() ? *scale : 1.0 / std::sqrt(static_cast<double>(s.head_dim));
 }

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "common/plan.h"
 #include "cpu/executor.h"
 
 namespace resona::ops {
@@ -16,5 +17,8 @@ class TorchExecutor final : public cpu::Executor {
     });
   }
 };
+
+// What plans are made for.
+inline Device device() { return {TorchExecutor().threads()}; }
 
 }  // namespace resona::ops

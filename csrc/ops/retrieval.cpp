@@ -7,8 +7,6 @@
 namespace resona::ops {
 namespace {
 
-Device device() { return {TorchExecutor().threads()}; }
-
 std::vector<int64_t> chunk_shape(const Shape& s) {
   return {s.batch, s.context / s.chunk_size, s.retrieval_heads, s.retrieval_dim};
 }

@@ -34,9 +34,13 @@ class LinearRecurrence(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed.chunk(3, dim=-1)
         )
         log_decay = nn.functional.logsigmoid(self.decay(x)).transpose(1, 2)
-        y = linear_recurrence(query * query.shape[-1] ** -0.5, key, value, log_decay)
+        y = self.recur(query * query.shape[-1] ** -0.5, key, value, log_decay)
         y = nn.functional.rms_norm(y, y.shape[-1:]).transpose(1, 2).flatten(2)
         return self.project_out(y * nn.functional.silu(gate))
+
+    def recur(self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Tensor:
+        """The recurrence itself, [B, H, T, D]; a subclass may compute it in another way."""
+        return linear_recurrence(query, key, value, log_decay)
 
 
 def linear_recurrence(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Tensor:
