@@ -9,7 +9,9 @@ from resona_ext import reference
 
 ops = torch.ops.resona
 
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 EITHER = st.booleans()
@@ -87,7 +89,8 @@ def test_output_equals_reference(p):
     expected, expected_lse = reference.attend(
         a["query"], a["key"], a["value"], indices, p.chunk_size, bias, a["sink"], a["cu_seqlens"]
     )
-    tolerance = 4 * torch.finfo(p.dtype).eps
+    # Both sides round in float32: a logit of size 8 moves its weight by 8 eps, on either side.
+    tolerance = 4 * torch.finfo(p.dtype).eps + 16 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
 
