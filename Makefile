@@ -1,17 +1,20 @@
 # Everything runs in .venv, made from the pinned versions in constraints.txt; no CUDA and no GPU needed.
-# PYTHON picks the interpreter (>= 3.10). RESONA_USE_CUDA, MAX_JOBS and pip's own variables are honoured.
+# PYTHON picks the interpreter (>= 3.10). RESONA_USE_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS and pip's own variables
+# are honoured. The CUDA kernels build where nvcc is on PATH, under CUDA_HOME, or brought by `make cuda-toolkit`.
 
 PYTHON ?= python3
 BIN := .venv/bin
-SETTINGS := $(PYTHON) $(RESONA_USE_CUDA) $(RESONA_PYBIND) $(CMAKE_ARGS)
+CUDA_TOOLKIT := build/cuda-toolkit
+SETTINGS := $(PYTHON) $(RESONA_USE_CUDA) $(RESONA_PYBIND) $(CMAKE_ARGS) $(TORCH_CUDA_ARCH_LIST) \
+  $(CUDACXX) $(CUDA_HOME) $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_TOOLKIT)/.ready)
 CPP := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.inc'
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml resona_ext/version.py
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format clean FORCE
+.PHONY: help build demo test bench cuda-toolkit lint format clean FORCE
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 build: resona_ext/libresona.so  ## compile the operators and install the package into .venv
 
@@ -23,6 +26,8 @@ test: build  ## run all tests
 
 bench: build  ## time the operator against its peers; ARGS="--help" lists the options
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+cuda-toolkit: $(CUDA_TOOLKIT)/.ready  ## bring nvcc as pip packages, used where no other is found
 
 lint: .venv/.ready  ## check style of Python and C++
 	$(BIN)/ruff check .
@@ -41,6 +46,13 @@ clean:  ## remove build products and the environment
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "resona_ext: expected Python >= 3.10, got " + sys.version)'
 	$(PYTHON) -m venv .venv || { echo "resona_ext: '$(PYTHON) -m venv' failed; on Debian install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet -r constraints.txt
+	@touch $@
+
+# The packages lie apart from .venv, which holds what runs, not what compiles. nvcc looks for its libraries in lib64.
+$(CUDA_TOOLKIT)/.ready: constraints-cuda.txt .venv/.ready
+	rm -rf $(CUDA_TOOLKIT)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(CUDA_TOOLKIT) -r constraints-cuda.txt
+	ln -s lib $(CUDA_TOOLKIT)/nvidia/cu13/lib64
 	@touch $@
 
 resona_ext/libresona.so: .venv/.ready build/.settings $(SOURCES)

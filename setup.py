@@ -1,9 +1,11 @@
 """Drives CMake. Imports no torch and fetches nothing, so metadata and sdist need neither.
 
-Environment: RESONA_USE_CUDA (auto, 0, 1), RESONA_PYBIND (auto, 0, 1), MAX_JOBS, CMAKE_ARGS.
+Environment: RESONA_USE_CUDA (auto, 0, 1), RESONA_PYBIND (auto, 0, 1), MAX_JOBS, CMAKE_ARGS; for CUDA also
+TORCH_CUDA_ARCH_LIST, CUDACXX and CUDA_HOME.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,7 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = (ROOT / "resona_ext" / "version.py").read_text().split('"')[1]
-# The largest translation unit, csrc/ops/register.cpp, peaks at 0.21 GB (g++ 12, -O3).
+# A compiler peaks at 0.22 GB (g++ 12 on csrc/ops/register.cpp) or 0.25 GB (nvcc 13.0 on csrc/cuda/launch.cu),
+# and nvcc runs two at a time.
 BYTES_PER_JOB = 1 << 29
 
 
@@ -27,6 +30,29 @@ def jobs() -> int:
     except (ValueError, OSError):
         memory = BYTES_PER_JOB
     return max(1, min(os.cpu_count() or 1, memory // BYTES_PER_JOB))
+
+
+def find_nvcc() -> str | None:
+    """The compiler that the environment names, else one on PATH, else what `make cuda-toolkit` brought."""
+    home = os.environ.get("CUDA_HOME")
+    brought = ROOT / "build" / "cuda-toolkit" / "nvidia" / "cu13" / "bin"
+    return (
+        os.environ.get("CUDACXX")
+        or (home and shutil.which("nvcc", path=os.path.join(home, "bin")))
+        or shutil.which("nvcc")
+        or shutil.which("nvcc", path=str(brought))
+    )
+
+
+def forget_other_compiler(build: Path, nvcc: str | None) -> None:
+    """CMake keeps the first compiler that it was told of, and also that it found none."""
+    cache = build / "CMakeCache.txt"
+    text = cache.read_text() if cache.exists() else ""
+    known = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", text, re.MULTILINE)
+    if known and known[1] != (nvcc or "NOTFOUND"):
+        cache.unlink()
+        for detected in build.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(detected)
 
 
 class CMakeBuild(build_ext):
@@ -48,6 +74,9 @@ class CMakeBuild(build_ext):
             )
         for stale in target.glob("_C.*.so"):  # else RESONA_PYBIND=0 would package the last one
             stale.unlink()
+        cuda = os.environ.get("RESONA_USE_CUDA", "auto")
+        nvcc = find_nvcc() if cuda != "0" else None
+        forget_other_compiler(build, nvcc)
         configure = [
             "cmake",
             f"-S{ROOT}",
@@ -58,7 +87,8 @@ class CMakeBuild(build_ext):
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DRESONA_VERSION={VERSION}",
-            f"-DRESONA_USE_CUDA={os.environ.get('RESONA_USE_CUDA', 'auto')}",
+            f"-DRESONA_USE_CUDA={cuda}",
+            *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
             f"-DRESONA_PYBIND={os.environ.get('RESONA_PYBIND', 'auto')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]

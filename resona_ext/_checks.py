@@ -1,6 +1,7 @@
 """The argument checks of csrc/ops/checks.cpp for fake tensors: same order, same words.
 
-Fake tensors have no values, so the values of cu_seqlens and indices are not looked at here. Everything
+Fake tensors have no values, so the values of cu_seqlens and indices are not looked at here, and what a
+build lacks (CUDA kernels) is left to the real operators. Everything
 goes through torch._check, which turns a comparison of symbolic sizes into a guard.
 """
 
@@ -39,6 +40,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _device(t: Tensor) -> str:
+    if t.device.type == "cuda":
+        return f"cuda:{t.device.index or 0}"
+    return "cpu" if t.device.type == "cpu" else "another device"
+
+
 def _text(shape: Sequence[int]) -> str:
     return "[" + ", ".join(str(int(n)) for n in shape) + "]"
 
@@ -61,16 +68,22 @@ class Checker:
             torch._check(ok, message)
 
     def device(self, argument: str, t: Tensor, like: Tensor, name: str) -> None:
-        expected = f"device {like.device.type} like {name}"
-        self.require(t.device.type == like.device.type, argument, expected, t.device.type)
+        expected = f"device {_device(like)} like {name}"
+        self.require(t.device == like.device, argument, expected, _device(t))
 
     def rank(self, argument: str, t: Tensor, rank: int, layout: str) -> None:
         got = f"shape {_text(t.shape)}" if t.dim() != rank else ""
         self.require(t.dim() == rank, argument, f"rank {rank} {layout}", got)
 
     def floating(self, argument: str, t: Tensor) -> None:
-        expected = "dtype float32, float16, bfloat16 or float64"
-        self.require(t.dtype in SUPPORTED, argument, expected, _name(t.dtype))
+        on_cuda = t.device.type == "cuda"
+        ok = t.dtype in SUPPORTED and not (on_cuda and t.dtype == torch.float64)
+        expected = (
+            "dtype float32, float16 or bfloat16 on CUDA"
+            if on_cuda
+            else "dtype float32, float16, bfloat16 or float64"
+        )
+        self.require(ok, argument, expected, _name(t.dtype))
 
     def dtype(self, argument: str, t: Tensor, dtype: torch.dtype, like: str = "") -> None:
         expected = f"dtype {_name(dtype)}" + (f" like {like}" if like else "")

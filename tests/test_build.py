@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -70,6 +72,89 @@ def test_cuda_is_refused_where_it_cannot_be_built(tmp_path):
     assert result.returncode != 0 and "nvcc" in result.stderr
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_cuda_compilation(tmp_path):
+    """Exact arithmetic, hidden symbols, and the architectures that torch's variable asks for."""
+    command = ["cmake", f"-S{ROOT}", f"-B{tmp_path}", "-GNinja", "-DRESONA_USE_CUDA=1", "-DRESONA_PYBIND=0",
+               f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]  # fmt: skip
+    environment = {**BUILD_ENVIRONMENT, "TORCH_CUDA_ARCH_LIST": "8.0 9.0a;12.0+PTX"}
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert result.stdout.count("sm_80 sm_90a sm_120 compute_120") == 1
+    compiled = json.loads((tmp_path / "compile_commands.json").read_text())
+    kernels = [c["command"] for c in compiled if c["file"].endswith(".cu")]
+    assert len(kernels) == len(list((CSRC / "cuda").glob("*.cu")))
+    for text in kernels:
+        assert re.search(r"-O3 .*-std=c\+\+17", text) and "visibility=hidden" in text
+        assert not re.search(r"fast_math|ftz|fmad|prec-|rdc|-dc\b", text)
+    hosts = [c["command"] for c in compiled if "csrc/ops" in c["file"]]
+    assert hosts and all("-DRESONA_HAS_CUDA" in text for text in hosts)
+
+
+@pytest.mark.parametrize("bad", ["Hopper", "90a", "8.0;9.0+ptx"])
+def test_unknown_architectures_are_one_clear_error(bad, tmp_path):
+    command = [
+        "cmake",
+        f"-S{ROOT}",
+        f"-B{tmp_path}",
+        "-GNinja",
+        f"-DPython3_EXECUTABLE={sys.executable}",
+    ]
+    environment = {**BUILD_ENVIRONMENT, "TORCH_CUDA_ARCH_LIST": bad}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    message = " ".join(result.stderr.split())  # CMake breaks lines
+    assert result.returncode != 0
+    assert (
+        "TORCH_CUDA_ARCH_LIST: expected compute capabilities such as 8.0;9.0a;12.0+PTX" in message
+    )
+    assert f"got {bad.split(';')[-1]}." in message
+
+
+def setup_functions(monkeypatch, root: Path) -> dict:
+    """What setup.py defines, for a checkout at `root`."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    functions = runpy.run_path(str(ROOT / "setup.py"))
+    functions["find_nvcc"].__globals__["ROOT"] = root
+    return functions
+
+
+def test_which_nvcc_is_used(tmp_path, monkeypatch):
+    """Each place of the list hides those after it."""
+    places = {
+        "CUDACXX": tmp_path / "named" / "nvcc",
+        "CUDA_HOME": tmp_path / "home" / "bin" / "nvcc",
+        "PATH": tmp_path / "path" / "nvcc",
+        "toolkit": tmp_path / "build" / "cuda-toolkit" / "nvidia" / "cu13" / "bin" / "nvcc",
+    }
+    find_nvcc = setup_functions(monkeypatch, tmp_path)["find_nvcc"]
+    for variable in ("CUDACXX", "CUDA_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert find_nvcc() is None
+    for name, path in reversed(places.items()):
+        path.parent.mkdir(parents=True)
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+        if name == "CUDACXX":
+            monkeypatch.setenv("CUDACXX", str(path))
+        if name == "CUDA_HOME":
+            monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+        assert find_nvcc() == str(path)
+
+
+@pytest.mark.parametrize("known", ["/old/nvcc", "NOTFOUND"])
+def test_another_nvcc_replaces_the_one_that_cmake_remembers(known, tmp_path, monkeypatch):
+    forget = setup_functions(monkeypatch, tmp_path)["forget_other_compiler"]
+    cache, kept = tmp_path / "CMakeCache.txt", tmp_path / "CMakeFiles" / "resona.dir" / "x.o"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    (tmp_path / "CMakeFiles" / "4.4.4").mkdir()
+    cache.write_text(f"CMAKE_CUDA_COMPILER:FILEPATH={known}\n")
+    forget(tmp_path, None if known == "NOTFOUND" else known)
+    assert cache.exists()
+    forget(tmp_path, "/new/nvcc")
+    assert not cache.exists() and kept.exists() and not (tmp_path / "CMakeFiles" / "4.4.4").exists()
+
+
 @pytest.mark.slow
 def test_wheel_from_sdist(tmp_path):
     """What a user gets from a source archive: it holds all it needs and no binary of this machine."""
@@ -79,7 +164,9 @@ def test_wheel_from_sdist(tmp_path):
     )
     shutil.copytree(ROOT, checkout, ignore=skip)
     (checkout / "resona_ext" / "libresona.so").write_bytes(b"not to be packed")
-    run = {"check": True, "capture_output": True, "env": BUILD_ENVIRONMENT}
+    # Not the CUDA kernels, which take minutes; the library under test has them.
+    environment = {**BUILD_ENVIRONMENT, "RESONA_USE_CUDA": "0"}
+    run = {"check": True, "capture_output": True, "env": environment}
     subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=checkout, **run)
     (archive,) = (checkout / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as content:
@@ -114,9 +201,16 @@ def needed(library: Path) -> set[str]:
     return set(re.findall(r"\(NEEDED\).*\[(.*?)\]", text))
 
 
-@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
+HAS_CUDA = json.loads(torch.ops.resona._build_info())["cuda"] != "none"
+needs_readelf = pytest.mark.skipif(
+    shutil.which("readelf") is None, reason="readelf (binutils) is not installed"
+)
+needs_cuda_build = pytest.mark.skipif(not HAS_CUDA, reason="libresona.so was built without CUDA")
+
+
+@needs_readelf
 def test_needed_libraries():
-    """libtorch.so must be there: on a CUDA torch it brings libtorch_cuda into scope."""
+    """libtorch.so must be there: on a CUDA torch it brings libtorch_cuda into scope. libcudart must not."""
     found = {re.sub(r"\.so.*", "", name) for name in needed(ops.LIBRARY)}
     assert {"libtorch", "libtorch_cpu", "libc"} <= found
     assert found <= {
@@ -128,6 +222,50 @@ def test_needed_libraries():
         "libm",
         "ld-linux-x86-64",
     }
+
+
+@needs_readelf
+@needs_cuda_build
+def test_symbols_of_the_cuda_build():
+    """What only a CUDA torch has is weak, and nothing of the static CUDA runtime is visible to others."""
+    command = ["readelf", "-W", "--dyn-syms", ops.LIBRARY]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = [line.split()[3:8] for line in text.splitlines() if len(line.split()) >= 8]
+    undefined = {name: bind for _, bind, _, section, name in rows if section == "UND"}
+    assert undefined.get("aoti_torch_get_current_cuda_stream", "WEAK") == "WEAK"
+    strong = [name for name, bind in undefined.items() if bind == "GLOBAL"]
+    assert not [
+        name for name in strong if re.match(r"_*cu(da)?[A-Z]|torch_c10_cuda|.*_cuda_", name)
+    ]
+    defined = [name for _, _, _, section, name in rows if section not in ("UND", "Ndx")]
+    assert not [name for name in defined if re.search(r"cuda|resona", name)], "exported symbols"
+
+
+def test_every_symbol_is_found_on_this_torch():
+    result = run_python("import resona_ext", LD_BIND_NOW="1")
+    assert result.returncode == 0, result.stderr
+
+
+def cuobjdump() -> str | None:
+    """From PATH, or from the pip package, which puts it where no PATH leads."""
+    beside = sysconfig.get_path("purelib") + "/nvidia/cu13/bin"
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
+
+
+@needs_cuda_build
+@pytest.mark.skipif(cuobjdump() is None, reason="cuobjdump is not installed")
+def test_architectures_in_the_library():
+    """Every .cu file was compiled for every architecture that build_info names."""
+    text = subprocess.run(
+        [cuobjdump(), "-lelf", "-lptx", ops.LIBRARY], check=True, capture_output=True, text=True
+    ).stdout
+    held: dict[str, set[str]] = {}
+    for file, number, kind in re.findall(r": (\S+)\.sm_(\w+)\.(cubin|ptx)$", text, re.MULTILINE):
+        held.setdefault(file, set()).add(("sm_" if kind == "cubin" else "compute_") + number)
+    expected = set(json.loads(torch.ops.resona._build_info())["cuda_architectures"])
+    assert held and all(found == expected for found in held.values()), (held, expected)
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not os.environ.get("CMAKE_ARGS"):
+        assert expected == {"sm_80", "sm_90a", "sm_100", "sm_120", "compute_80"}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
@@ -143,6 +281,9 @@ def test_build_info():
     assert info["version"] == resona_ext.__version__
     assert info["cpu_isa"] in info["cpu_isas"] and info["cpu_isas"][-1] == "portable"
     assert info["torch_target"] == "2.11"
+    assert (info["cuda"] == "none") == (info["cuda_architectures"] == [])
+    if os.environ.get("RESONA_USE_CUDA") == "1":
+        assert info["cuda"] != "none"
 
 
 def run_python(code: str, **environment) -> subprocess.CompletedProcess:

@@ -1,19 +1,33 @@
 #include "common/build_info.h"
 
+#include <sstream>
+
 namespace resona {
 namespace {
 
 std::string quoted(const std::string& text) { return '"' + text + '"'; }
 
+std::string list_of(const std::vector<std::string>& texts) {
+  std::string list;
+  for (const std::string& text : texts) list += (list.empty() ? "" : ", ") + quoted(text);
+  return "[" + list + "]";
+}
+
+std::vector<std::string> words_of(const std::string& text) {
+  std::istringstream stream(text);
+  std::vector<std::string> words;
+  for (std::string word; stream >> word;) words.push_back(word);
+  return words;
+}
+
 }  // namespace
 
 std::string build_info(const std::vector<std::string>& instruction_sets, const std::string& selected) {
-  std::string names;
-  for (const std::string& name : instruction_sets) names += (names.empty() ? "" : ", ") + quoted(name);
   return "{" + quoted("version") + ": " + quoted(RESONA_VERSION) + ", " + quoted("compiler") + ": " +
          quoted(RESONA_COMPILER) + ", " + quoted("torch_target") + ": " + quoted(RESONA_TORCH_TARGET) + ", " +
-         quoted("cuda") + ": " + quoted(RESONA_CUDA) + ", " + quoted("cpu_isas") + ": [" + names + "], " +
-         quoted("cpu_isa") + ": " + quoted(selected) + "}";
+         quoted("cuda") + ": " + quoted(RESONA_CUDA) + ", " + quoted("cuda_architectures") + ": " +
+         list_of(words_of(RESONA_CUDA_ARCHITECTURES)) + ", " + quoted("cpu_isas") + ": " +
+         list_of(instruction_sets) + ", " + quoted("cpu_isa") + ": " + quoted(selected) + "}";
 }
 
 }  // namespace resona

@@ -56,6 +56,13 @@ struct Sequence {
   int64_t position(int64_t query) const { return query - query_begin + token_count - query_count; }
 };
 
+// Packed sequences as a device sees them. No host reads the values, so a CUDA problem has these and no list
+// of Sequence.
+struct DeviceSequences {
+  const int32_t* cu_seqlens;  // [count + 1] on the device, null: not packed
+  int64_t count;
+};
+
 struct Shape {
   int64_t batch, queries, context;         // B, T, L
   int64_t heads, kv_heads, head_dim;       // H, Hkv, D
@@ -65,50 +72,56 @@ struct Shape {
 
 struct PoolProblem {
   Shape shape;
-  const std::vector<Sequence>* sequences;
-  Rows context;        // [B, L, R, E]
-  MutableRows chunks;  // [B, C, R, E]
+  const std::vector<Sequence>* sequences;  // on the CPU
+  DeviceSequences packed;                  // on CUDA
+  Rows context;                            // [B, L, R, E]
+  MutableRows chunks;                      // [B, C, R, E]
 };
 
 struct PoolBackwardProblem {
   Shape shape;
-  const std::vector<Sequence>* sequences;
-  Rows context;                  // [B, L, R, E]
-  Rows chunk_gradient;           // [B, C, R, E]
-  MutableRows context_gradient;  // [B, L, R, E], zero on entry
+  const std::vector<Sequence>* sequences;  // on the CPU
+  DeviceSequences packed;                  // on CUDA
+  Rows context;                            // [B, L, R, E]
+  Rows chunk_gradient;                     // [B, C, R, E]
+  MutableRows context_gradient;            // [B, L, R, E], zero on entry to the CPU
 };
 
 struct RetrieveProblem {
   Shape shape;
-  const std::vector<Sequence>* sequences;
-  Rows query;        // [B, T, R, E]
-  Rows chunks;       // [B, C, R, E]
-  int32_t* indices;  // [B, T, R, k]
-  void* scores;      // [B, T, R, k] float, or double for float64 embeddings
+  const std::vector<Sequence>* sequences;  // on the CPU
+  DeviceSequences packed;                  // on CUDA
+  Rows query;                              // [B, T, R, E]
+  Rows chunks;                             // [B, C, R, E]
+  int32_t* indices;                        // [B, T, R, k]
+  void* scores;                            // [B, T, R, k] float, or double for float64 embeddings
 };
 
 struct RetrieveBackwardProblem {
   Shape shape;
-  const std::vector<Sequence>* sequences;
-  Rows query;                  // [B, T, R, E]
-  Rows chunks;                 // [B, C, R, E]
-  const int32_t* indices;      // [B, T, R, k]
-  const void* score_gradient;  // [B, T, R, k]
-  MutableRows query_gradient;  // [B, T, R, E]
-  MutableRows chunk_gradient;  // [B, C, R, E], zero on entry
+  const std::vector<Sequence>* sequences;  // on the CPU
+  DeviceSequences packed;                  // on CUDA
+  Rows query;                              // [B, T, R, E]
+  Rows chunks;                             // [B, C, R, E]
+  const int32_t* indices;                  // [B, T, R, k]
+  const void* score_gradient;              // [B, T, R, k]
+  MutableRows query_gradient;              // [B, T, R, E]
+  MutableRows chunk_gradient;              // [B, C, R, E], zero on entry to the CPU
 };
 
 struct AttendProblem {
   Shape shape;
-  const std::vector<Sequence>* sequences;
-  Rows query;              // [B, T, H, D]
-  Rows key, value;         // [B, L, Hkv, D]
-  const int32_t* indices;  // [B, T, R, k]
-  const void* bias;        // [B, T, R, k] of bias_dtype, or null
-  DType bias_dtype;        // float32 or float64
+  const std::vector<Sequence>* sequences;  // on the CPU
+  DeviceSequences packed;                  // on CUDA
+  Rows query;                              // [B, T, H, D]
+  Rows key, value;                         // [B, L, Hkv, D]
+  const int32_t* indices;                  // [B, T, R, k]
+  const void* bias;                        // [B, T, R, k] of bias_dtype, or null
+  DType bias_dtype;                        // float32 or float64
   const void* bias_scale;  // [R] factor of the bias, or null for 1; float, or double for float64 queries
   const void* sink;        // [H], or null; float, or double for float64 queries
   double scale;            // factor of <query, key>
+  bool distinct;           // no index occurs twice in a row, as `retrieve` promises
   MutableRows out;         // [B, T, H, D]
   void* lse;               // [B, T, H] float, or double for float64 queries
 };
@@ -118,8 +131,8 @@ struct AttendBackwardProblem {
   Rows out_gradient;           // [B, T, H, D]
   const void* lse_gradient;    // [B, T, H], or null
   MutableRows query_gradient;  // [B, T, H, D]
-  MutableRows key_gradient;    // [B, L, Hkv, D], zero on entry
-  MutableRows value_gradient;  // [B, L, Hkv, D], zero on entry
+  MutableRows key_gradient;    // [B, L, Hkv, D], zero on entry to the CPU
+  MutableRows value_gradient;  // [B, L, Hkv, D], zero on entry to the CPU
   void* bias_gradient;         // [B, T, R, k], or null; of bias_dtype
   void* sink_gradient;         // [H], or null
 };

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "common/canonical.h"
+#include "common/filter.h"
 #include "cpu/buffer.h"
 #include "cpu/kernels.h"
 #include "cpu/stages.h"
@@ -91,22 +92,16 @@ double load_chunks(const RetrieveProblem& p, const Task& task, int64_t first, in
 }
 
 // A chunk whose fp32 product with the filter query lies below this cannot enter the row's list.
-//
-// fp32 summation of n products, in any order and with or without fusing, errs by at most
-// n u / (1 - n u) |q| |c| with u = 2^-24, plus a little for products that underflow. The
-// slack of 2^-20 of the k-th score covers the division, its rounding and the rounding of this bound.
 template <class A>
 A threshold(const Query<A>& query, A kth_score, double largest_chunk_norm, int64_t dim) {
-  constexpr double kLowest = -std::numeric_limits<double>::infinity();
-  if (query.norm == 0) return -static_cast<A>(kLowest);  // all its scores are 0: the first chunks stay
-  if (query.exhaustive || kth_score != kth_score || !(largest_chunk_norm < 0x1p60) || dim > (1 << 20))
-    return static_cast<A>(kLowest);
-  const double norm = query.norm / query.magnitude, n = static_cast<double>(dim);
-  const double bound = n * 0x1p-24 / (1 - n * 0x1p-24) * norm * largest_chunk_norm + n * 0x1p-120;
-  const double wanted = static_cast<double>(kth_score) * norm;
-  const double limit = wanted - 1.01 * bound - std::fabs(wanted) * 0x1p-20;
-  if (limit != limit || std::fabs(limit) > static_cast<double>(std::numeric_limits<A>::max()))
-    return static_cast<A>(kLowest);
+  constexpr A kLowest = -std::numeric_limits<A>::infinity();
+  if (query.norm == 0) return -kLowest;  // all its scores are 0: the first chunks stay
+  if (query.exhaustive || kth_score != kth_score || !(largest_chunk_norm < 0x1p60) || dim > kLongestFilterRow)
+    return kLowest;
+  const double norm = query.norm / query.magnitude;
+  const double limit =
+      filter_limit(static_cast<double>(kth_score), norm, largest_chunk_norm, fp32_error(dim));
+  if (limit != limit || std::fabs(limit) > static_cast<double>(std::numeric_limits<A>::max())) return kLowest;
   return static_cast<A>(limit);
 }
 

@@ -42,12 +42,13 @@ struct IndexConfig {
 // Keys and slots are 32-bit, positions signed: a call holds fewer than 2^31 slots and 2^32 - 1 keys, and
 // larger problems are split over queries.
 struct IndexKeysParams {
-  const int32_t* indices;                // [B, T, R, k]
-  uint32_t* keys;                        // [B, T, R, k]
-  int64_t batch, queries, heads, top_k;  // B, T, R, k
-  int64_t context, chunk_size;           // L, S
-  int64_t chunks_per_batch;              // C
-  PackedSequences packed;                // B == 1 if there are any
+  const int32_t* indices;                          // [B, T, R, k]
+  uint32_t* keys;                                  // [B, T, R, k]
+  int64_t batch, queries, heads, top_k;            // B, T, R, k
+  int64_t context, chunk_size;                     // L, S
+  int64_t chunks_per_batch;                        // C
+  PackedSequences packed;                          // B == 1 if there are any
+  int64_t queries_before = 0, queries_behind = 0;  // where T is a range of a batch entry's queries
 
   __device__ __forceinline__ int64_t slots() const { return batch * queries * heads * top_k; }
   __device__ __forceinline__ int64_t unused_key() const { return batch * heads * chunks_per_batch; }
@@ -55,22 +56,10 @@ struct IndexKeysParams {
 
 // The chunk row of an index as the contract counts it, or -1: out of range, or not wholly in the past.
 __device__ __forceinline__ int64_t chunk_row(const IndexKeysParams& p, int64_t query, int32_t index) {
-  int64_t begin = 0, position = query + p.context - p.queries, first = 0, end = p.chunks_per_batch;
-  if (p.packed.cu_seqlens) {
-    int64_t low = 0, high = p.packed.count;  // the last sequence that begins at or before the query
-    while (low + 1 < high) {
-      const int64_t middle = (low + high) / 2;
-      if (p.packed.cu_seqlens[middle] <= query)
-        low = middle;
-      else
-        high = middle;
-    }
-    begin = clamp_token(p.packed.cu_seqlens[low], p.context);
-    position = query - begin;
-    first = p.packed.chunk_begin[low], end = p.packed.chunk_begin[low + 1];
-  }
-  const bool eligible = index >= 0 && position >= 0 && index < position / p.chunk_size;
-  return eligible && first + index < end ? first + index : -1;
+  const QueryPlace place =
+      place_of_query(p.packed, p.queries_before + query, p.queries_before + p.queries + p.queries_behind,
+                     p.context, p.chunk_size, p.chunks_per_batch);
+  return index >= 0 && index < place.eligible ? place.chunk_begin + index : -1;
 }
 
 static __global__ void __launch_bounds__(IndexConfig::kThreads) index_keys_kernel(IndexKeysParams p) {

@@ -9,6 +9,7 @@
 // may give wrong numbers but no token beyond the context and no chunk beyond the buffer.
 #pragma once
 
+#include "common/canonical.h"
 #include "cuda/device.cuh"
 #include "cuda/ptx/griddepcontrol.cuh"
 #include "cuda/scan.cuh"
@@ -81,6 +82,35 @@ __device__ __forceinline__ int64_t first_token_of_chunk(const PackedSequences& s
   }
   if (low == s.count) return -1;
   return clamp_token(s.cu_seqlens[low], context) + (row - s.chunk_begin[low]) * chunk_size;
+}
+
+// Where a query stands: its own sequence, and the chunks of it that lie wholly in the query's past.
+struct QueryPlace {
+  int64_t token_begin;  // first token of its sequence, in the context tensor
+  int64_t chunk_begin;  // row of its sequence's chunk 0, in the chunk tensor
+  int64_t eligible;     // chunks 0, 1, ... of its sequence that it may retrieve
+};
+
+// `query` of `queries` rows; the chunk tensor holds `chunks` rows.
+__device__ __forceinline__ QueryPlace place_of_query(const PackedSequences& s, int64_t query, int64_t queries,
+                                                     int64_t context, int64_t chunk_size, int64_t chunks) {
+  int64_t token_begin = 0, position = query + context - queries, first = 0, end = chunks;
+  if (s.cu_seqlens) {
+    int64_t low = 0, high = s.count;  // the last sequence that begins at or before the query
+    while (low + 1 < high) {
+      const int64_t middle = (low + high) / 2;
+      if (s.cu_seqlens[middle] <= query)
+        low = middle;
+      else
+        high = middle;
+    }
+    token_begin = clamp_token(s.cu_seqlens[low], context);
+    position = query - token_begin;
+    first = s.chunk_begin[low], end = s.chunk_begin[low + 1];
+  }
+  if (position < 0 || end < first) return {token_begin, first, 0};
+  const int64_t past = canonical::eligible_chunks(position, chunk_size);
+  return {token_begin, first, past < end - first ? past : end - first};
 }
 
 }  // namespace resona::cuda

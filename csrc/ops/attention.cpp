@@ -1,9 +1,8 @@
 // attend and the fused operator: checks, allocation, hand-over to the backend.
 #include <cmath>
 
-#include "cpu/stages.h"
+#include "ops/backend.h"
 #include "ops/checks.h"
-#include "ops/executor.h"
 #include "ops/ops.h"
 
 namespace resona::ops {
@@ -23,6 +22,7 @@ AttendProblem make_problem(const Checked& checked, const Prepared& t, const Tens
   AttendProblem p{};
   p.shape = checked.shape;
   p.sequences = &checked.sequences;
+  p.packed = checked.packed();
   p.query = rows_of(t.query), p.key = rows_of(t.key), p.value = rows_of(t.value);
   p.indices = static_cast<const int32_t*>(indices.const_data_ptr());
   p.bias = data_or_null(t.bias);
@@ -47,13 +47,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const 
   const Checked checked =
       check_attend("attend", {query, key, value, chunk_size, sink, cu_seqlens, scale}, indices, bias);
   const Shape& s = checked.shape;
+  const auto backend = backend_of(query);
   const Prepared t{with_contiguous_rows(query), with_contiguous_rows(key), with_contiguous_rows(value),
                    contiguous(bias), contiguous(sink)};
   const Tensor held_indices = torch::stable::contiguous(indices);
   const Tensor out = empty(query, out_shape(s), query.scalar_type());
   const Tensor lse = empty(query, lse_shape(s), accumulation_type(query));
-  cpu::attend(make_problem(checked, t, held_indices, scale, out, lse),
-              plan_attend(s, dtype_of(query), device()), TorchExecutor());
+  backend->attend(make_problem(checked, t, held_indices, scale, out, lse));
   return {out, lse};
 }
 
@@ -67,12 +67,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
       check_attend(op, {query, key, value, chunk_size, sink, cu_seqlens, scale}, indices, bias);
   const Shape& s = checked.shape;
   const ScalarType type = query.scalar_type(), sum_type = accumulation_type(query);
-  check_exact(op, "out_gradient", out_gradient, "[B, T, H, D]", out_shape(s), type);
-  check_exact(op, "out", out, "[B, T, H, D]", out_shape(s), type);
-  check_exact(op, "lse", lse, "[B, T, H]", lse_shape(s), sum_type);
+  check_exact(op, "out_gradient", out_gradient, "[B, T, H, D]", out_shape(s), type, query, "query");
+  check_exact(op, "out", out, "[B, T, H, D]", out_shape(s), type, query, "query");
+  check_exact(op, "lse", lse, "[B, T, H]", lse_shape(s), sum_type, query, "query");
   if (lse_gradient.has_value())
-    check_exact(op, "lse_gradient", *lse_gradient, "[B, T, H]", lse_shape(s), sum_type);
+    check_exact(op, "lse_gradient", *lse_gradient, "[B, T, H]", lse_shape(s), sum_type, query, "query");
 
+  const auto backend = backend_of(query);
   const Prepared t{with_contiguous_rows(query), with_contiguous_rows(key), with_contiguous_rows(value),
                    contiguous(bias), contiguous(sink)};
   const Tensor held_indices = torch::stable::contiguous(indices), held_out = with_contiguous_rows(out);
@@ -80,7 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
   const OptionalTensor held_lse_gradient = contiguous(lse_gradient);
   const std::vector<int64_t> key_shape{s.batch, s.context, s.kv_heads, s.head_dim}, none{0};
   const Tensor query_gradient = empty(query, out_shape(s), type);
-  const Tensor key_gradient = zeros(query, key_shape, type), value_gradient = zeros(query, key_shape, type);
+  const Tensor key_gradient = sparse_result(*backend, query, key_shape, type);
+  const Tensor value_gradient = sparse_result(*backend, query, key_shape, type);
   const Tensor bias_gradient = zeros(
       query, bias.has_value() ? std::vector<int64_t>{s.batch, s.queries, s.retrieval_heads, s.top_k} : none,
       sum_type);
@@ -96,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
   p.value_gradient = mutable_rows_of(value_gradient);
   p.bias_gradient = bias.has_value() ? bias_gradient.mutable_data_ptr() : nullptr;
   p.sink_gradient = sink.has_value() ? sink_gradient.mutable_data_ptr() : nullptr;
-  cpu::attend_backward(p, plan_attend(s, dtype_of(query), device()), TorchExecutor());
+  backend->attend_backward(p);
   return {query_gradient, key_gradient, value_gradient, bias_gradient, sink_gradient};
 }
 
@@ -113,17 +115,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_retrieve_attend(
   const auto [indices, scores] = retrieve(query_embedding, chunks, chunk_size, top_k, s.context, cu_seqlens);
 
   const OptionalTensor held_scale = contiguous(score_scale);
+  const auto backend = backend_of(query);
   const Prepared t{with_contiguous_rows(query), with_contiguous_rows(key), with_contiguous_rows(value),
                    std::nullopt, contiguous(sink)};
   const Tensor out = empty(query, out_shape(s), query.scalar_type());
   const Tensor lse = empty(query, lse_shape(s), accumulation_type(query));
   AttendProblem p = make_problem(checked, t, indices, scale, out, lse);
+  p.distinct = true;
   if (score_scale.has_value()) {  // the scores are the bias
     p.bias = scores.const_data_ptr();
     p.bias_dtype = dtype_of(scores);
     p.bias_scale = data_or_null(held_scale);
   }
-  cpu::attend(p, plan_attend(s, dtype_of(query), device()), TorchExecutor());
+  backend->attend(p);
   return {out, lse, indices, scores};
 }
 

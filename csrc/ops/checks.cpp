@@ -2,13 +2,19 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "common/canonical.h"
+#include "ops/backend.h"
 #include "ops/executor.h"
 
 namespace resona::ops {
 namespace {
+
+constexpr const char* kCpuBuild =
+    "device cpu (this build of resona_ext has no CUDA kernels; build it where nvcc is on PATH, with "
+    "RESONA_USE_CUDA=1)";
 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxContext = (int64_t{1} << 31) - 1;
@@ -19,6 +25,28 @@ std::string text_of(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
+std::string device_of(const Tensor& t) {
+  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
+  return t.is_cpu() ? "cpu" : "another device";
+}
+
+// Whether the host may look at values on the device of `t`, at the price of waiting for it.
+bool looks_at_values(const char* op, const Tensor& t) {
+  if (!t.is_cuda()) return true;
+  const char* debug = std::getenv("RESONA_DEBUG");
+  if (debug == nullptr || std::string(debug) != "1") return false;
+  if (is_capturing(t))
+    fail(op, "RESONA_DEBUG", "no graph capture, since checking values waits for the device",
+         "RESONA_DEBUG=1 while a graph is captured");
+  return true;
+}
+
+Tensor on_host(const Tensor& t) {
+  const Tensor whole = torch::stable::contiguous(t);
+  return t.is_cuda() ? torch::stable::to(whole, torch::stable::Device(torch::headeronly::DeviceType::CPU))
+                     : whole;
+}
+
 // `like` names the argument that set the expectation.
 struct Checker {
   const char* op;
@@ -26,15 +54,25 @@ struct Checker {
   void require(bool ok, const char* argument, const std::string& expected, const std::string& got) const {
     if (!ok) fail(op, argument, expected, got);
   }
-  void device(const char* argument, const Tensor& t, const char* like) const {
-    require(t.is_cpu(), argument, std::string("device cpu like ") + like, t.is_cuda() ? "cuda" : "another");
+  // The first tensor decides where the operator runs.
+  void runs_on(const char* argument, const Tensor& t) const {
+    const bool has_kernels = t.is_cpu() || (has_cuda() && t.is_cuda());
+    require(has_kernels, argument, has_cuda() ? "device cpu or cuda" : kCpuBuild, device_of(t));
+  }
+  void device(const char* argument, const Tensor& t, const Tensor& like, const char* name) const {
+    require(device_of(t) == device_of(like), argument, "device " + device_of(like) + " like " + name,
+            device_of(t));
   }
   void rank(const char* argument, const Tensor& t, int64_t rank, const char* layout) const {
     require(t.dim() == rank, argument, "rank " + std::to_string(rank) + " " + layout, "shape " + shape_of(t));
   }
   void floating(const char* argument, const Tensor& t) const {
-    require(is_supported(t.scalar_type()), argument, "dtype float32, float16, bfloat16 or float64",
-            name_of(t.scalar_type()));
+    const ScalarType type = t.scalar_type();
+    if (t.is_cuda())
+      require(is_supported(type) && type != ScalarType::Double, argument,
+              "dtype float32, float16 or bfloat16 on CUDA", name_of(type));
+    else
+      require(is_supported(type), argument, "dtype float32, float16, bfloat16 or float64", name_of(type));
   }
   void dtype(const char* argument, const Tensor& t, ScalarType type, const char* like) const {
     require(t.scalar_type() == type, argument, "dtype " + name_of(type) + " like " + like,
@@ -66,7 +104,7 @@ std::vector<Sequence> batch_sequences(const Shape& s) {
 }
 
 std::vector<Sequence> packed_sequences(const Checker& check, const Tensor& cu_seqlens, const Shape& s) {
-  const Tensor borders = torch::stable::contiguous(cu_seqlens);
+  const Tensor borders = on_host(cu_seqlens);
   const int32_t* border = static_cast<const int32_t*>(borders.const_data_ptr());
   const int64_t count = borders.size(0) - 1;
   check.require(border[0] == 0, "cu_seqlens", "a first value of 0", std::to_string(border[0]));
@@ -84,18 +122,27 @@ std::vector<Sequence> packed_sequences(const Checker& check, const Tensor& cu_se
   return sequences;
 }
 
-std::vector<Sequence> check_sequences(const Checker& check, const OptionalTensor& cu_seqlens, const Shape& s,
-                                      const char* like) {
-  if (!cu_seqlens.has_value()) return batch_sequences(s);
+Checked check_sequences(const Checker& check, const OptionalTensor& cu_seqlens, const Shape& s,
+                        const Tensor& like, const char* like_name) {
+  Checked checked;
+  checked.shape = s;
+  if (!cu_seqlens.has_value()) {
+    checked.has_values = looks_at_values(check.op, like);
+    if (checked.has_values) checked.sequences = batch_sequences(s);
+    return checked;
+  }
   check.rank("cu_seqlens", *cu_seqlens, 1, "[n + 1]");
   check.exactly("cu_seqlens", *cu_seqlens, ScalarType::Int);
-  check.device("cu_seqlens", *cu_seqlens, like);
+  check.device("cu_seqlens", *cu_seqlens, like, like_name);
   check.require(cu_seqlens->size(0) >= 1, "cu_seqlens", "at least one value", "none");
   check.require(s.batch == 1, "cu_seqlens", "B = 1 for packed sequences", "B = " + std::to_string(s.batch));
   check.require(s.queries == s.context, "cu_seqlens",
                 "T = L = " + std::to_string(s.context) + " for packed sequences",
                 "T = " + std::to_string(s.queries));
-  return packed_sequences(check, *cu_seqlens, s);
+  checked.has_values = looks_at_values(check.op, like);
+  if (checked.has_values) checked.sequences = packed_sequences(check, *cu_seqlens, s);
+  checked.cu_seqlens = torch::stable::contiguous(*cu_seqlens);
+  return checked;
 }
 
 void check_lengths(const Checker& check, const char* argument, const Shape& s) {
@@ -107,10 +154,10 @@ void check_lengths(const Checker& check, const char* argument, const Shape& s) {
 Shape check_query_key_value(const Checker& check, const AttendArguments& a) {
   check.rank("query", a.query, 4, "[B, T, H, D]");
   check.floating("query", a.query);
-  check.device("query", a.query, "the operator");
+  check.runs_on("query", a.query);
   check.rank("key", a.key, 4, "[B, L, Hkv, D]");
   check.dtype("key", a.key, a.query.scalar_type(), "query");
-  check.device("key", a.key, "query");
+  check.device("key", a.key, a.query, "query");
   check.size("key", a.key, 0, "B", a.query.size(0), "query");
   check.size("key", a.key, 3, "D", a.query.size(3), "query");
   Shape s{};
@@ -121,7 +168,7 @@ Shape check_query_key_value(const Checker& check, const AttendArguments& a) {
                 "D = " + std::to_string(s.head_dim));
   check.shape("value", a.value, "[B, L, Hkv, D]", {s.batch, s.context, s.kv_heads, s.head_dim});
   check.dtype("value", a.value, a.query.scalar_type(), "query");
-  check.device("value", a.value, "query");
+  check.device("value", a.value, a.query, "query");
   check.require(s.kv_heads >= 1, "key", "Hkv of at least 1", "Hkv = 0");
   check.require(s.heads >= 1 && s.heads % s.kv_heads == 0, "query",
                 "H a multiple of Hkv = " + std::to_string(s.kv_heads), "H = " + std::to_string(s.heads));
@@ -140,7 +187,7 @@ void check_sink_and_scale(const Checker& check, const AttendArguments& a, const 
   if (a.sink.has_value()) {
     check.shape("sink", *a.sink, "[H]", {s.heads});
     check.exactly("sink", *a.sink, accumulation_type(a.query));
-    check.device("sink", *a.sink, "query");
+    check.device("sink", *a.sink, a.query, "query");
   }
   if (a.scale.has_value())
     check.require(std::isfinite(*a.scale), "scale", "a finite number",
@@ -155,17 +202,19 @@ void fail(const char* op, const std::string& argument, const std::string& expect
 }
 
 void check_exact(const char* op, const char* argument, const Tensor& t, const char* layout,
-                 const std::vector<int64_t>& shape, ScalarType type) {
+                 const std::vector<int64_t>& shape, ScalarType type, const Tensor& like,
+                 const char* like_name) {
   const Checker check{op};
   check.shape(argument, t, layout, shape);
   check.exactly(argument, t, type);
-  check.device(argument, t, "the operator");
+  check.device(argument, t, like, like_name);
 }
 
 // Rows are scanned in parallel; the first bad slot in memory order is reported.
 void check_index_values(const char* op, const Checked& checked, const Tensor& indices) {
+  if (!checked.has_values) return;
   const Shape& s = checked.shape;
-  const Tensor held = torch::stable::contiguous(indices);
+  const Tensor held = on_host(indices);
   const int32_t* index = static_cast<const int32_t*>(held.const_data_ptr());
   const int64_t slots = s.retrieval_heads * s.top_k;
   std::atomic<int64_t> first_bad{INT64_MAX};
@@ -205,16 +254,13 @@ Checked check_pool_chunks(const char* op, const Tensor& context_embedding, int64
   const Tensor& context = context_embedding;
   check.rank("context_embedding", context, 4, "[B, L, R, E]");
   check.floating("context_embedding", context);
-  check.device("context_embedding", context, "the operator");
-  Checked checked;
-  Shape& s = checked.shape;
-  s = {context.size(0), context.size(1), context.size(1), 1, 1, 1,
-       context.size(2), context.size(3), chunk_size,      1};
+  check.runs_on("context_embedding", context);
+  const Shape s{context.size(0), context.size(1), context.size(1), 1, 1, 1,
+                context.size(2), context.size(3), chunk_size,      1};
   check.at_least_one("chunk_size", chunk_size);
   check.require(s.retrieval_dim >= 1, "context_embedding", "retrieval dim E of at least 1", "E = 0");
   check_lengths(check, "context_embedding", s);
-  checked.sequences = check_sequences(check, cu_seqlens, s, "context_embedding");
-  return checked;
+  return check_sequences(check, cu_seqlens, s, context, "context_embedding");
 }
 
 Checked check_retrieve(const char* op, const Tensor& query_embedding, const Tensor& chunk_embedding,
@@ -224,11 +270,9 @@ Checked check_retrieve(const char* op, const Tensor& query_embedding, const Tens
   const Tensor& query = query_embedding;
   check.rank("query_embedding", query, 4, "[B, T, R, E]");
   check.floating("query_embedding", query);
-  check.device("query_embedding", query, "the operator");
-  Checked checked;
-  Shape& s = checked.shape;
-  s = {query.size(0), query.size(1), context_length, 1,    1, 1,
-       query.size(2), query.size(3), chunk_size,     top_k};
+  check.runs_on("query_embedding", query);
+  const Shape s{query.size(0), query.size(1), context_length, 1,    1, 1,
+                query.size(2), query.size(3), chunk_size,     top_k};
   check.require(s.retrieval_dim >= 1, "query_embedding", "retrieval dim E of at least 1", "E = 0");
   check.require(s.retrieval_heads >= 1, "query_embedding", "R of at least 1", "R = 0");
   check.at_least_one("chunk_size", chunk_size);
@@ -237,20 +281,17 @@ Checked check_retrieve(const char* op, const Tensor& query_embedding, const Tens
   check.shape("chunk_embedding", chunk_embedding, "[B, L // S, R, E]",
               {s.batch, context_length / chunk_size, s.retrieval_heads, s.retrieval_dim});
   check.dtype("chunk_embedding", chunk_embedding, query.scalar_type(), "query_embedding");
-  check.device("chunk_embedding", chunk_embedding, "query_embedding");
-  checked.sequences = check_sequences(check, cu_seqlens, s, "query_embedding");
-  return checked;
+  check.device("chunk_embedding", chunk_embedding, query, "query_embedding");
+  return check_sequences(check, cu_seqlens, s, query, "query_embedding");
 }
 
 Checked check_attend(const char* op, const AttendArguments& a, const Tensor& indices,
                      const OptionalTensor& bias) {
   const Checker check{op};
-  Checked checked;
-  Shape& s = checked.shape;
-  s = check_query_key_value(check, a);
+  Shape s = check_query_key_value(check, a);
   check.rank("indices", indices, 4, "[B, T, R, k]");
   check.exactly("indices", indices, ScalarType::Int);
-  check.device("indices", indices, "query");
+  check.device("indices", indices, a.query, "query");
   check.size("indices", indices, 0, "B", s.batch, "query");
   check.size("indices", indices, 1, "T", s.queries, "query");
   s.retrieval_heads = indices.size(2), s.top_k = indices.size(3);
@@ -259,10 +300,10 @@ Checked check_attend(const char* op, const AttendArguments& a, const Tensor& ind
   if (bias.has_value()) {
     check.shape("bias", *bias, "[B, T, R, k]", {s.batch, s.queries, s.retrieval_heads, s.top_k});
     check.exactly("bias", *bias, accumulation_type(a.query));
-    check.device("bias", *bias, "query");
+    check.device("bias", *bias, a.query, "query");
   }
   check_sink_and_scale(check, a, s);
-  checked.sequences = check_sequences(check, a.cu_seqlens, s, "query");
+  const Checked checked = check_sequences(check, a.cu_seqlens, s, a.query, "query");
   check_index_values(op, checked, indices);
   return checked;
 }
@@ -270,12 +311,10 @@ Checked check_attend(const char* op, const AttendArguments& a, const Tensor& ind
 Checked check_fused(const char* op, const AttendArguments& a, const Tensor& query_embedding,
                     const Tensor& context_embedding, int64_t top_k, const OptionalTensor& score_scale) {
   const Checker check{op};
-  Checked checked;
-  Shape& s = checked.shape;
-  s = check_query_key_value(check, a);
+  Shape s = check_query_key_value(check, a);
   check.rank("query_embedding", query_embedding, 4, "[B, T, R, E]");
   check.floating("query_embedding", query_embedding);
-  check.device("query_embedding", query_embedding, "query");
+  check.device("query_embedding", query_embedding, a.query, "query");
   check.size("query_embedding", query_embedding, 0, "B", s.batch, "query");
   check.size("query_embedding", query_embedding, 1, "T", s.queries, "query");
   s.retrieval_heads = query_embedding.size(2), s.retrieval_dim = query_embedding.size(3), s.top_k = top_k;
@@ -284,16 +323,15 @@ Checked check_fused(const char* op, const AttendArguments& a, const Tensor& quer
   check.shape("context_embedding", context_embedding, "[B, L, R, E]",
               {s.batch, s.context, s.retrieval_heads, s.retrieval_dim});
   check.dtype("context_embedding", context_embedding, query_embedding.scalar_type(), "query_embedding");
-  check.device("context_embedding", context_embedding, "query");
+  check.device("context_embedding", context_embedding, a.query, "query");
   check.at_least_one("top_k", top_k);
   if (score_scale.has_value()) {
     check.shape("score_scale", *score_scale, "[R]", {s.retrieval_heads});
     check.exactly("score_scale", *score_scale, accumulation_type(a.query));
-    check.device("score_scale", *score_scale, "query");
+    check.device("score_scale", *score_scale, a.query, "query");
   }
   check_sink_and_scale(check, a, s);
-  checked.sequences = check_sequences(check, a.cu_seqlens, s, "query");
-  return checked;
+  return check_sequences(check, a.cu_seqlens, s, a.query, "query");
 }
 
 }  // namespace resona::ops

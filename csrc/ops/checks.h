@@ -1,6 +1,9 @@
 // Arguments are checked here, once, before any kernel sees them. Every failure is one error that names the
 // operator, the argument, what was expected and what came. `resona_ext/_checks.py` holds the same checks
 // for fake tensors; a test runs every bad input through both and compares the texts.
+//
+// Shapes, dtypes and devices are checked everywhere. Values (of cu_seqlens and indices) are looked at on the
+// CPU, and on CUDA only under RESONA_DEBUG=1, since that waits for the device.
 #pragma once
 
 #include <string>
@@ -13,7 +16,14 @@ namespace resona::ops {
 // What the checks learn on the way.
 struct Checked {
   Shape shape{};
-  std::vector<Sequence> sequences;
+  bool has_values = true;           // the host may look at values
+  std::vector<Sequence> sequences;  // if it may
+  OptionalTensor cu_seqlens;        // contiguous, on the device of the others
+
+  DeviceSequences packed() const {
+    if (!cu_seqlens.has_value()) return {nullptr, 0};
+    return {static_cast<const int32_t*>(cu_seqlens->const_data_ptr()), cu_seqlens->size(0) - 1};
+  }
 };
 
 struct AttendArguments {
@@ -36,18 +46,18 @@ Checked check_retrieve(const char* op, const Tensor& query_embedding, const Tens
                        int64_t chunk_size, int64_t top_k, int64_t context_length,
                        const OptionalTensor& cu_seqlens);
 
-// The values of `indices` are checked too: -1, or a chunk wholly before its query.
 Checked check_attend(const char* op, const AttendArguments& a, const Tensor& indices,
                      const OptionalTensor& bias);
 
 Checked check_fused(const char* op, const AttendArguments& a, const Tensor& query_embedding,
                     const Tensor& context_embedding, int64_t top_k, const OptionalTensor& score_scale);
 
-// Every index must be -1 or a chunk wholly before its query.
+// Where values are looked at: every index must be -1 or a chunk wholly before its query.
 void check_index_values(const char* op, const Checked& checked, const Tensor& indices);
 
-// A tensor that must look exactly so: gradients and saved results.
+// A tensor that must look exactly so, on the device of `like`: gradients and saved results.
 void check_exact(const char* op, const char* argument, const Tensor& t, const char* layout,
-                 const std::vector<int64_t>& shape, ScalarType type);
+                 const std::vector<int64_t>& shape, ScalarType type, const Tensor& like,
+                 const char* like_name);
 
 }  // namespace resona::ops

@@ -1,4 +1,4 @@
-// The operators on CPU tensors. Schemas and shapes stand in register.cpp.
+// The operators on CPU and CUDA tensors. Schemas and shapes stand in register.cpp.
 #pragma once
 
 #include <tuple>

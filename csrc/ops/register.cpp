@@ -1,4 +1,4 @@
-// Schemas of torch.ops.resona.* and their CPU kernels. Every Tensor argument stands before `*`, or torch
+// Schemas of torch.ops.resona.* and their kernels. Every Tensor argument stands before `*`, or torch
 // could not register autograd and vmap. Names with an underscore are ours to change.
 #include <torch/csrc/stable/library.h>
 
@@ -11,6 +11,18 @@ namespace {
 
 std::string build_info() {
   return resona::build_info(resona::cpu::runnable_instruction_sets(), resona::cpu::kernel_set().name);
+}
+
+// The operators look at their tensors to find where to run.
+template <class Library>
+void implement(Library& m) {
+  m.impl("pool_chunks", TORCH_BOX(&resona::ops::pool_chunks));
+  m.impl("retrieve", TORCH_BOX(&resona::ops::retrieve));
+  m.impl("attend", TORCH_BOX(&resona::ops::attend));
+  m.impl("fused_retrieve_attend", TORCH_BOX(&resona::ops::fused_retrieve_attend));
+  m.impl("_pool_chunks_backward", TORCH_BOX(&resona::ops::pool_chunks_backward));
+  m.impl("_retrieve_backward", TORCH_BOX(&resona::ops::retrieve_backward));
+  m.impl("_attend_backward", TORCH_BOX(&resona::ops::attend_backward));
 }
 
 }  // namespace
@@ -50,15 +62,10 @@ STABLE_TORCH_LIBRARY(resona, m) {
   m.def("_build_info() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resona, CPU, m) {
-  m.impl("pool_chunks", TORCH_BOX(&resona::ops::pool_chunks));
-  m.impl("retrieve", TORCH_BOX(&resona::ops::retrieve));
-  m.impl("attend", TORCH_BOX(&resona::ops::attend));
-  m.impl("fused_retrieve_attend", TORCH_BOX(&resona::ops::fused_retrieve_attend));
-  m.impl("_pool_chunks_backward", TORCH_BOX(&resona::ops::pool_chunks_backward));
-  m.impl("_retrieve_backward", TORCH_BOX(&resona::ops::retrieve_backward));
-  m.impl("_attend_backward", TORCH_BOX(&resona::ops::attend_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(resona, CPU, m) { implement(m); }
+
+// In every build: one without CUDA kernels says so.
+STABLE_TORCH_LIBRARY_IMPL(resona, CUDA, m) { implement(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(resona, CompositeExplicitAutograd, m) {
   m.impl("_build_info", TORCH_BOX(&build_info));

@@ -1,7 +1,6 @@
 // pool_chunks and retrieve: checks, allocation, hand-over to the backend.
-#include "cpu/stages.h"
+#include "ops/backend.h"
 #include "ops/checks.h"
-#include "ops/executor.h"
 #include "ops/ops.h"
 
 namespace resona::ops {
@@ -15,13 +14,15 @@ std::vector<int64_t> chunk_shape(const Shape& s) {
 
 Tensor pool_chunks(const Tensor& context_embedding, int64_t chunk_size, const OptionalTensor& cu_seqlens) {
   const Checked checked = check_pool_chunks("pool_chunks", context_embedding, chunk_size, cu_seqlens);
+  const auto backend = backend_of(context_embedding);
   const Tensor context = with_contiguous_rows(context_embedding);
   // Packed sequences may leave rows at the end without a chunk.
+  const std::vector<int64_t> shape = chunk_shape(checked.shape);
   const Tensor chunks = cu_seqlens.has_value()
-                            ? zeros(context, chunk_shape(checked.shape), context.scalar_type())
-                            : empty(context, chunk_shape(checked.shape), context.scalar_type());
-  cpu::pool_chunks({checked.shape, &checked.sequences, rows_of(context), mutable_rows_of(chunks)},
-                   plan_pool(checked.shape, device()), TorchExecutor());
+                            ? sparse_result(*backend, context, shape, context.scalar_type())
+                            : empty(context, shape, context.scalar_type());
+  backend->pool_chunks(
+      {checked.shape, &checked.sequences, checked.packed(), rows_of(context), mutable_rows_of(chunks)});
   return chunks;
 }
 
@@ -31,12 +32,14 @@ Tensor pool_chunks_backward(const Tensor& chunk_gradient, const Tensor& context_
   const Checked checked = check_pool_chunks(op, context_embedding, chunk_size, cu_seqlens);
   const Shape& s = checked.shape;
   check_exact(op, "chunk_gradient", chunk_gradient, "[B, L // S, R, E]", chunk_shape(s),
-              context_embedding.scalar_type());
-  const Tensor context = with_contiguous_rows(context_embedding), grad = with_contiguous_rows(chunk_gradient);
-  const Tensor result =
-      zeros(context, {s.batch, s.context, s.retrieval_heads, s.retrieval_dim}, context.scalar_type());
-  cpu::pool_chunks_backward({s, &checked.sequences, rows_of(context), rows_of(grad), mutable_rows_of(result)},
-                            plan_pool(s, device()), TorchExecutor());
+              context_embedding.scalar_type(), context_embedding, "context_embedding");
+  const auto backend = backend_of(context_embedding);
+  const Tensor context = with_contiguous_rows(context_embedding);
+  const Tensor grad = torch::stable::contiguous(chunk_gradient);
+  const Tensor result = sparse_result(
+      *backend, context, {s.batch, s.context, s.retrieval_heads, s.retrieval_dim}, context.scalar_type());
+  backend->pool_chunks_backward(
+      {s, &checked.sequences, checked.packed(), rows_of(context), rows_of(grad), mutable_rows_of(result)});
   return result;
 }
 
@@ -46,13 +49,13 @@ std::tuple<Tensor, Tensor> retrieve(const Tensor& query_embedding, const Tensor&
   const Checked checked = check_retrieve("retrieve", query_embedding, chunk_embedding, chunk_size, top_k,
                                          context_length, cu_seqlens);
   const Shape& s = checked.shape;
+  const auto backend = backend_of(query_embedding);
   const Tensor query = with_contiguous_rows(query_embedding), chunks = with_contiguous_rows(chunk_embedding);
   const std::vector<int64_t> shape{s.batch, s.queries, s.retrieval_heads, top_k};
   const Tensor indices = empty(query, shape, ScalarType::Int);
   const Tensor scores = empty(query, shape, accumulation_type(query));
-  cpu::retrieve({s, &checked.sequences, rows_of(query), rows_of(chunks),
-                 static_cast<int32_t*>(indices.mutable_data_ptr()), scores.mutable_data_ptr()},
-                plan_search(s, dtype_of(query), device()), TorchExecutor());
+  backend->retrieve({s, &checked.sequences, checked.packed(), rows_of(query), rows_of(chunks),
+                     static_cast<int32_t*>(indices.mutable_data_ptr()), scores.mutable_data_ptr()});
   return {indices, scores};
 }
 
@@ -66,21 +69,22 @@ std::tuple<Tensor, Tensor> retrieve_backward(const Tensor& score_gradient, const
                                          context_length, cu_seqlens);
   const Shape& s = checked.shape;
   const std::vector<int64_t> slots{s.batch, s.queries, s.retrieval_heads, s.top_k};
-  check_exact(op, "indices", indices, "[B, T, R, k]", slots, ScalarType::Int);
-  check_exact(op, "score_gradient", score_gradient, "[B, T, R, k]", slots,
-              accumulation_type(query_embedding));
+  check_exact(op, "indices", indices, "[B, T, R, k]", slots, ScalarType::Int, query_embedding,
+              "query_embedding");
+  check_exact(op, "score_gradient", score_gradient, "[B, T, R, k]", slots, accumulation_type(query_embedding),
+              query_embedding, "query_embedding");
   check_index_values(op, checked, indices);
+  const auto backend = backend_of(query_embedding);
   const Tensor query = with_contiguous_rows(query_embedding), chunks = with_contiguous_rows(chunk_embedding);
   const Tensor held_indices = torch::stable::contiguous(indices);
   const Tensor held_gradient = torch::stable::contiguous(score_gradient);
   const Tensor query_gradient =
       empty(query, {s.batch, s.queries, s.retrieval_heads, s.retrieval_dim}, query.scalar_type());
-  const Tensor chunk_gradient = zeros(query, chunk_shape(s), query.scalar_type());
-  cpu::retrieve_backward(
-      {s, &checked.sequences, rows_of(query), rows_of(chunks),
-       static_cast<const int32_t*>(held_indices.const_data_ptr()), held_gradient.const_data_ptr(),
-       mutable_rows_of(query_gradient), mutable_rows_of(chunk_gradient)},
-      plan_search(s, dtype_of(query), device()), TorchExecutor());
+  const Tensor chunk_gradient = sparse_result(*backend, query, chunk_shape(s), query.scalar_type());
+  backend->retrieve_backward({s, &checked.sequences, checked.packed(), rows_of(query), rows_of(chunks),
+                              static_cast<const int32_t*>(held_indices.const_data_ptr()),
+                              held_gradient.const_data_ptr(), mutable_rows_of(query_gradient),
+                              mutable_rows_of(chunk_gradient)});
   return {query_gradient, chunk_gradient};
 }
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -10,6 +11,9 @@
 
 #include "common/build_info.h"
 #include "common/plan.h"
+#include "common/plan_attend_cuda.h"
+#include "common/plan_cuda.h"
+#include "common/plan_search_cuda.h"
 
 namespace py = pybind11;
 
@@ -68,18 +72,8 @@ void check(const resona::Shape& s) {
           "1 or a divisor of kv_heads = " + std::to_string(s.kv_heads), std::to_string(s.retrieval_heads));
 }
 
-PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t heads, int64_t kv_heads,
-                   int64_t head_dim, int64_t retrieval_heads, int64_t retrieval_dim, int64_t chunk_size,
-                   int64_t top_k, const std::string& dtype, const std::string& embedding_dtype,
-                   const std::string& device, int64_t threads) {
-  const resona::Shape s{batch,    queries,         context,       heads,      kv_heads,
-                        head_dim, retrieval_heads, retrieval_dim, chunk_size, top_k};
-  check(s);
+PlanView cpu_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t threads) {
   require(threads >= 1, "threads", "at least 1", std::to_string(threads));
-  require(device == "cpu", "device", "cpu (this version has no CUDA kernels)", device);
-  const resona::DType rows = dtype_named("dtype", dtype);
-  const resona::DType embeddings =
-      embedding_dtype.empty() ? rows : dtype_named("embedding_dtype", embedding_dtype);
   const resona::Plan p = resona::make_plan(s, rows, embeddings, {threads});
   return {{{"pool", p.pool.kernel, p.pool.reason, {{"chunks_per_task", p.pool.chunks_per_task}}},
            {"search",
@@ -94,6 +88,91 @@ PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t head
              {"key_tile", p.attend.key_tile},
              {"list_chunks", p.attend.list_chunks}}}},
           p.workspace_bytes};
+}
+
+Stage pool_stage(const char* name, const resona::CudaPoolPlan& p) {
+  return {name, p.kernel, p.reason, {{"lanes", p.lanes}, {"vector", p.vector}, {"blocks", p.blocks}}};
+}
+
+Stage attend_stage(const resona::CudaAttendPlan& p) {
+  std::map<std::string, int64_t> parameters{{"dim", p.dim}, {"vector", p.vector}, {"blocks", p.blocks}};
+  if (p.path == resona::AttendPath::kQuery || p.path == resona::AttendPath::kQueryMma)
+    parameters.insert({{"heads", p.heads}, {"splits", p.splits}});
+  if (p.path == resona::AttendPath::kChunk)
+    parameters.insert({{"range_batch", p.range_batch},
+                       {"range_queries", p.range_queries},
+                       {"item_rows", p.item_rows},
+                       {"key_rows", p.key_rows},
+                       {"key_slots", p.key_slots},
+                       {"ahead", p.ahead},
+                       {"half_partials", p.half_partials},
+                       {"index_passes", p.index.passes},
+                       {"merge_blocks", p.merge_blocks}});
+  return {"attend", p.kernel, p.reason, parameters};
+}
+
+// The stages that have CUDA kernels, for tensors as torch allocates them and indices as `retrieve` returns
+// them.
+PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t sm,
+                   int64_t sms) {
+  require(sm >= 80, "sm", "at least 80", std::to_string(sm));
+  require(sms >= 1 && sms <= 1 << 16, "sms", "1 to 65536", std::to_string(sms));
+  const resona::CudaDevice device = resona::typical_cuda_device(sm, sms);
+  const bool vector_rows = s.retrieval_dim * resona::size_of(embeddings) % 16 == 0;
+  const resona::CudaFacts facts{vector_rows, resona::CudaFacts::kNotPacked};
+  const resona::CudaPoolPlan pool = resona::plan_pool_cuda(s, facts, device);
+  const resona::CudaPoolPlan pool_backward = resona::plan_pool_backward_cuda(s, facts, device);
+  const resona::CudaRetrieveBackwardPlan backward = resona::plan_retrieve_backward_cuda(s, facts, device);
+  const resona::CudaIndexPlan& index = backward.index;
+  const resona::CudaSearchPlan search = resona::plan_search_cuda(s, embeddings, facts.sequences, device);
+  const resona::CudaFacts row_facts{s.head_dim * resona::size_of(rows) % 16 == 0, facts.sequences};
+  const resona::CudaAttendPlan attend = resona::plan_attend_cuda(s, {row_facts, rows, true, false}, device);
+  return {{pool_stage("pool", pool),
+           {"search",
+            search.kernel,
+            search.reason,
+            {{"bag_per_lane", search.bag_per_lane},
+             {"passes", search.passes},
+             {"splits", search.splits},
+             {"pinned", search.pinned},
+             {"window_tiles", search.window_tiles},
+             {"norm_blocks", search.norm_blocks},
+             {"exact_blocks", search.exact_blocks}}},
+           attend_stage(attend),
+           pool_stage("pool_backward", pool_backward),
+           {"index",
+            index.kernel,
+            index.reason,
+            {{"passes", index.passes}, {"digit_bits", index.digit_bits}, {"tiles", index.tiles}}},
+           {"retrieve_backward",
+            backward.kernel,
+            backward.reason,
+            {{"batch", backward.batch},
+             {"lanes", backward.lanes},
+             {"vector", backward.vector},
+             {"segment", backward.segment},
+             {"query_blocks", backward.query_blocks},
+             {"segment_blocks", backward.segment_blocks},
+             {"chunk_blocks", backward.chunk_blocks}}}},
+          std::max({pool.workspace_bytes, search.workspace_bytes, attend.workspace_bytes,
+                    pool_backward.workspace_bytes, backward.workspace_bytes})};
+}
+
+PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t heads, int64_t kv_heads,
+                   int64_t head_dim, int64_t retrieval_heads, int64_t retrieval_dim, int64_t chunk_size,
+                   int64_t top_k, const std::string& dtype, const std::string& embedding_dtype,
+                   const std::string& device, int64_t threads, int64_t sm, int64_t sms) {
+  const resona::Shape s{batch,    queries,         context,       heads,      kv_heads,
+                        head_dim, retrieval_heads, retrieval_dim, chunk_size, top_k};
+  check(s);
+  const resona::DType rows = dtype_named("dtype", dtype);
+  const resona::DType embeddings =
+      embedding_dtype.empty() ? rows : dtype_named("embedding_dtype", embedding_dtype);
+  if (device == "cpu") return cpu_plan(s, rows, embeddings, threads);
+  require(device == "cuda", "device", "cpu or cuda", device);
+  for (const auto& [argument, type] : {std::pair("dtype", rows), std::pair("embedding_dtype", embeddings)})
+    require(type != resona::DType::kFloat64, argument, "float32, float16 or bfloat16 on CUDA", "float64");
+  return cuda_plan(s, rows, embeddings, sm, sms);
 }
 
 }  // namespace
@@ -113,5 +192,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("retrieval_heads"),
         py::arg("retrieval_dim"), py::arg("chunk_size"), py::arg("top_k"), py::arg("dtype") = "float32",
         py::arg("embedding_dtype") = "", py::arg("device") = "cpu", py::arg("threads") = 1,
+        py::arg("sm") = 90, py::arg("sms") = 132,
         "Which kernels a problem would run, with which tiles and why. Raises ValueError if it is not legal.");
 }

@@ -36,7 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{flag}", type=_int64, default=default, help=meaning + note)
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
     parser.add_argument("--embedding-dtype", help="default: like --dtype")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--sm",
+        type=_int64,
+        help="CUDA: compute capability, 90 for 9.0 (default: the GPU here, or 90)",
+    )
+    parser.add_argument(
+        "--sms", type=_int64, help="CUDA: multiprocessors (default: of the GPU here, or 132)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -82,11 +90,24 @@ def _problem(arguments: argparse.Namespace) -> dict[str, int | str]:
     for name, default in defaults.items():
         if problem[name] is None:
             problem[name] = default
-    return problem | {
+    problem |= {
         "dtype": arguments.dtype,
         "embedding_dtype": arguments.embedding_dtype or arguments.dtype,
         "device": arguments.device,
     }
+    if arguments.device == "cuda":
+        sm, sms = _cuda_device()
+        problem["sm"] = sm if arguments.sm is None else arguments.sm
+        problem["sms"] = sms if arguments.sms is None else arguments.sms
+    return problem
+
+
+def _cuda_device() -> tuple[int, int]:
+    """Compute capability and multiprocessors of the current GPU, or of an H100 where there is none."""
+    if not torch.cuda.is_available():
+        return 90, 132
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
 def _load_extension():

@@ -24,21 +24,32 @@ class Case:
     )  # written and read, uninitialised
     scalars: dict[str, int | str] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)  # of 16-bit results, to tell NaN
+    near: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # how far results may be from what is expected; the rest has the very bits
 
-    def check(self, sim: Simulator, schedule: Schedule) -> None:
-        """Runs the case and compares bit for bit; any NaN equals any other."""
+    def check(
+        self, sim: Simulator, schedule: Schedule, truncated_products: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Runs the case and compares bit for bit; any NaN equals any other. Returns what was written."""
         outputs = {name: array.copy() for name, array in self.outputs.items()}
         fresh = {
             name: np.empty_like(array)
             for name, array in {**self.expected, **self.workspace}.items()
             if name not in outputs
         }
-        sim.run(self.kernel, self.inputs, outputs, fresh, schedule, **self.scalars)
+        sim.run(
+            self.kernel, self.inputs, outputs, fresh, schedule, truncated_products, **self.scalars
+        )
         got = {**outputs, **fresh}
         for name, expected in self.expected.items():
             differ = _without_nan(got[name], self.dtypes.get(name)) != _without_nan(
                 expected, self.dtypes.get(name)
             )
+            if name in self.near:
+                here, there = (values_of(x, self.dtypes.get(name)) for x in (got[name], expected))
+                with np.errstate(invalid="ignore"):
+                    differ &= ~(np.abs(here - there) <= self.near[name])
             if differ.any():
                 first = tuple(int(i) for i in np.argwhere(differ)[0])
                 raise AssertionError(
@@ -46,15 +57,19 @@ class Case:
                     f"'{name}' differ, the first at {first}: "
                     f"{got[name][first]!r}, expected {expected[first]!r}"
                 )
+        return got
+
+
+def values_of(array: np.ndarray, dtype: str | None) -> np.ndarray:
+    """Bare bits as the numbers that they stand for."""
+    if dtype == "bfloat16":
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array.view(np.float16) if dtype == "float16" else array
 
 
 def _without_nan(array: np.ndarray, dtype: str | None) -> np.ndarray:
     """The bits, with one pattern for NaN."""
-    values = array
-    if dtype == "bfloat16":
-        values = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    elif dtype == "float16":
-        values = array.view(np.float16)
+    values = values_of(array, dtype)
     bits = array.view(f"u{array.itemsize}").copy()
     if values.dtype.kind == "f":
         bits[np.isnan(values)] = np.iinfo(bits.dtype).max

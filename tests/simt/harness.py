@@ -215,6 +215,13 @@ def _python_flags() -> list[str]:
     return ["-O1", *(f"-isystem{path}" for path in includes)]
 
 
+def _runners() -> list[Path]:
+    """All of tests/simt/kernels, or those that SIMT_KERNELS names, to work on one kernel at a time."""
+    sources = sorted(HERE.glob("kernels/*.cpp"))
+    chosen = os.environ.get("SIMT_KERNELS")
+    return [s for s in sources if s.stem in chosen.split(",")] if chosen else sources
+
+
 other_times: list[tuple[str, float]] = []  # what else a test session reports
 _built: dict[str, Simulator] = {}
 
@@ -226,7 +233,7 @@ def library(build: str, changed: str = "", overlay: Path | None = None) -> Path:
     """
     objects = [_object(source, ["-O2"]) for source in sorted(HERE.glob("runtime/*.cpp"))]
     objects.append(_object(HERE / "module.cpp", _python_flags()))
-    for source in sorted(HERE.glob("kernels/*.cpp")):
+    for source in _runners():
         first = [f"-I{overlay}"] if source.name == changed else []
         objects.append(_object(source, [*first, *BUILDS[build]]))
     link = ["-shared", "-Wl,-Bsymbolic"]

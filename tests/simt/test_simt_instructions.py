@@ -1,5 +1,6 @@
 """Each host twin against its definition, brute force; and the two sides of csrc/cuda/ptx agree."""
 
+import math
 import re
 
 import harness
@@ -42,6 +43,15 @@ def test_matrix_fragments(sim, rng, matrices, transposed):
         sim.run("matrices", {"in": registers}, {"out": back}, store=1, **common)
         np.testing.assert_array_equal(loaded, registers)
         np.testing.assert_array_equal(back, stored)
+
+
+def test_transposed_registers(sim, rng):
+    """PTX ISA, movmatrix: fragments of a matrix become those of its transpose."""
+    matrix = rng.integers(0, 1 << 16, (8, 8), dtype=np.uint16)
+    for schedule in COVERING:
+        out = np.zeros((8, 4), np.uint32)
+        sim.run("transpose", {"in": matrix.view(np.uint32)}, {"out": out}, schedule=schedule)
+        np.testing.assert_array_equal(out.view(np.uint16), matrix.T)
 
 
 def _operands(rng, dtype, rows, columns):
@@ -186,6 +196,18 @@ def test_conversions(plain, rng):
     nan = np.array([0x7FC00000, 0xFFFFFFFF, 0x7F800001], np.uint32)
     for what, expected in ((2, 0x7FFF), (3, 0x7FFF), (4, 0x7FFFFFFF)):
         assert (_convert(plain, nan, what) == expected).all()
+
+
+def test_powers_of_two(plain, rng):
+    """Rounded once, with subnormals flushed on both sides."""
+    x = np.concatenate([rng.uniform(-160, 140, 20000), rng.uniform(-1, 1, 2000), [0, -0.0, 1e-40]])
+    x = np.concatenate([x, [-math.inf, math.inf, math.nan, -126, -127, 128]]).astype(np.float32)
+    got = _convert(plain, x.view(np.uint32), 7).view(np.float32)
+    with np.errstate(over="ignore"):
+        exact = np.exp2(x.astype(np.float64)).astype(np.float32)
+    exact[exact < 2.0**-126] = 0
+    np.testing.assert_allclose(got, exact, rtol=2.0**-23, atol=0)
+    assert (got[(exact == 0) | np.isinf(exact)] == exact[(exact == 0) | np.isinf(exact)]).all()
 
 
 def _functions(path):

@@ -15,6 +15,15 @@ __device__ __forceinline__ uint4 ld_global_nc_v4(const void* from) {
   return x;
 }
 
+// The same through the L1: other rows of the block may want it too.
+__device__ __forceinline__ uint4 ld_global_nc_evict_normal_v4(const void* from) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::evict_normal.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+
 __device__ __forceinline__ void st_global_v4(void* to, uint4 x) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");

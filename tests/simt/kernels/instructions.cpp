@@ -3,8 +3,10 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/ex2.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/movmatrix.cuh"
 #include "runtime/arguments.h"
 
 namespace {
@@ -48,6 +50,10 @@ __global__ void store_matrices(const uint32_t* in, uint16_t* out, bool transpose
   __syncwarp();
   if (lane < 8 * kMatrices)
     for (int c = 0; c < 8; ++c) out[8 * lane + c] = rows.at[lane][c];
+}
+
+__global__ void transpose_matrix(const uint32_t* in, uint32_t* out) {
+  out[threadIdx.x] = ptx::movmatrix_trans(in[threadIdx.x]);
 }
 
 // c [16][8] += a [16][16] b [16][8], 16-bit operands through ldmatrix as kernels load them: a by rows,
@@ -166,7 +172,8 @@ __global__ void convert(const uint32_t* in, uint32_t* out, int count, int what) 
              : what == 3 ? ptx::cvt_rn_bf16_f32(f)
              : what == 4 ? ptx::cvt_rna_tf32_f32(f)
              : what == 5 ? ptx::cvt_rn_f16x2_f32(f, -f)
-                         : ptx::cvt_rn_bf16x2_f32(f, -f);
+             : what == 6 ? ptx::cvt_rn_bf16x2_f32(f, -f)
+                         : __float_as_uint(ptx::ex2_approx_ftz_f32(f));
   }
 }
 
@@ -190,6 +197,11 @@ void run_matrices(const simt::Arguments& a) {
   if (matrices == 1) launch_matrices<1>(a, store);
   if (matrices == 2) launch_matrices<2>(a, store);
   if (matrices == 4) launch_matrices<4>(a, store);
+}
+
+void run_transpose(const simt::Arguments& a) {
+  const auto in = a.array<uint32_t>("in"), out = a.array<uint32_t>("out");
+  simt::launch({"transpose_matrix", 1, 32}, [=] { transpose_matrix(in, out); });
 }
 
 void run_multiply(const simt::Arguments& a) {
@@ -238,7 +250,7 @@ void run_convert(const simt::Arguments& a) {
 const simt::Registration registrations[] = {
     {"matrices", run_matrices}, {"multiply", run_multiply},         {"warp_operations", run_warp_operations},
     {"pipeline", run_pipeline}, {"small_copies", run_small_copies}, {"barrier_votes", run_barrier_votes},
-    {"convert", run_convert},
+    {"convert", run_convert},   {"transpose", run_transpose},
 };
 
 }  // namespace

@@ -2,10 +2,12 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/ex2.cuh"
 #include "cuda/ptx/griddepcontrol.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/movmatrix.cuh"
 
 namespace resona::cuda {
 
@@ -35,6 +37,7 @@ __global__ void instructions_kernel(uint32_t* out, const uint4* in, float* sums,
   ptx::stmatrix_x2_trans(memory, two);
   ptx::stmatrix_x4_trans(memory, four);
 #endif
+  two[0] = ptx::movmatrix_trans(two[0]);
   float c[4] = {x, x, x, x};
   ptx::mma_m16n8k16_bf16(c, four, two);
   ptx::mma_m16n8k16_f16(c, four, two);
@@ -43,6 +46,7 @@ __global__ void instructions_kernel(uint32_t* out, const uint4* in, float* sums,
   sum += ptx::cvt_rn_f16x2_f32(c[2], c[3]) + ptx::cvt_rn_bf16x2_f32(c[2], c[3]) + ptx::cvt_rna_tf32_f32(x);
   const uint16_t half = static_cast<uint16_t>(sum);
   sums[1] = ptx::cvt_f32_f16(half) + ptx::cvt_f32_bf16(half) + ptx::atom_add_relaxed_gpu(sums, x);
+  sums[2] = ptx::ex2_approx_ftz_f32(x);
   sum += ptx::ld_acquire_gpu(out) + ptx::ld_relaxed_gpu(out + 1);
   sum += ptx::atom_add_relaxed_cta(out, 1) + ptx::atom_add_relaxed_gpu(out, 1);
   sum += ptx::atom_add_acq_rel_gpu(out, 1) + ptx::atom_max_relaxed_gpu(out, sum);
@@ -50,6 +54,7 @@ __global__ void instructions_kernel(uint32_t* out, const uint4* in, float* sums,
   ptx::st_relaxed_gpu(out + 2, sum);
   ptx::st_release_gpu(out + 3, sum);
   ptx::st_global_v4(out + 4, ptx::ld_global_nc_v4(in));
+  ptx::st_global_v4(out + 8, ptx::ld_global_nc_evict_normal_v4(in));
   ptx::griddepcontrol_launch_dependents();
 }
 

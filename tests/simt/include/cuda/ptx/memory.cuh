@@ -11,6 +11,12 @@ inline uint4 ld_global_nc_v4(const void* from, simt::Site site = simt::Site::her
   return x;
 }
 
+inline uint4 ld_global_nc_evict_normal_v4(const void* from, simt::Site site = simt::Site::here()) {
+  uint4 x;
+  simt::load("ld_global_nc_evict_normal_v4", &x, from, sizeof x, site);
+  return x;
+}
+
 inline void st_global_v4(void* to, uint4 x, simt::Site site = simt::Site::here()) {
   simt::store("st_global_v4", to, &x, sizeof x, site);
 }

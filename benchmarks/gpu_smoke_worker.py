@@ -1,0 +1,158 @@
+"""What gpu_smoke.py runs in processes of its own: questions about the machine and the library, and jobs.
+
+The jobs are those of tests/gpu/gpu_cases.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import hashlib
+import json
+import platform
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
+
+import torch  # noqa: E402
+
+
+def machine() -> dict:
+    facts = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+    }
+    if torch.version.cuda is None:
+        return {
+            **facts,
+            "gpu": None,
+            "why_no_gpu": f"torch {torch.__version__} is a build without CUDA",
+        }
+    if not torch.cuda.is_available():
+        return {**facts, "gpu": None, "why_no_gpu": "torch.cuda.is_available() is false"}
+    device = torch.cuda.get_device_properties(0)
+    return {
+        **facts,
+        "gpu": device.name,
+        "gpus": torch.cuda.device_count(),
+        "capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count,
+        "memory_bytes": device.total_memory,
+    }
+
+
+def load() -> dict:
+    """Facts of the library, and what stands in the way of using it on this GPU."""
+    import resona_ext
+
+    build = json.loads(torch.ops.resona._build_info())
+    library = ROOT / "resona_ext" / "libresona.so"
+    facts = {
+        "package": resona_ext.__version__,
+        "library_bytes": library.stat().st_size,
+        "library_sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
+        "build": build,
+    }
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    operators = ("pool_chunks", "retrieve", "attend", "fused_retrieve_attend")
+    facts["on_cuda"] = [name for name in operators if has_kernel(f"resona::{name}", "CUDA")]
+    facts["problems"] = []
+    if build["cuda"] == "none":
+        facts["problems"].append(
+            "libresona.so: expected one built with CUDA, got one without; see docs/building.md"
+        )
+    elif torch.cuda.is_available() and not _covered(build["cuda_architectures"]):
+        got = " ".join(build["cuda_architectures"])
+        facts["problems"].append(f"libresona.so: expected code for {_capability()}, got {got}")
+    return facts
+
+
+def _capability() -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def _covered(architectures: list[str]) -> bool:
+    """By machine code of the same generation, not newer than the device, or by PTX that is not newer."""
+    major, minor = torch.cuda.get_device_capability()
+    for name in architectures:
+        kind, _, digits = name.partition("_")
+        if digits[-1:].isalpha():  # this very device
+            if digits[:-1] == f"{major}{minor}":
+                return True
+        elif digits.isdigit():
+            compiled = divmod(int(digits), 10)
+            same = kind == "compute" or compiled[0] == major
+            if same and compiled <= (major, minor):
+                return True
+    return False
+
+
+def jobs(options: argparse.Namespace) -> int:
+    """Runs jobs from number `first` on, and says of each when it begins and how it ended."""
+    import gpu_cases
+
+    if options.device == "cpu":
+        torch.set_num_threads(1)  # small problems: threads only wait for one another
+    todo = gpu_cases.jobs(options.device, options.small)
+    if options.wrong:
+        todo = [job for job in todo if job.wrong]
+    failed = 0
+    with Path(options.progress).open("a") as progress:
+
+        def say(**event) -> None:
+            progress.write(json.dumps(event) + "\n")
+            progress.flush()
+
+        for index, job in enumerate(todo[options.first :], options.first):
+            head = {"index": index, "of": len(todo), "job": str(job)}
+            say(**head)
+            # Ends the process, also one that hangs in the driver.
+            faulthandler.dump_traceback_later(options.job_seconds, exit=True)
+            begin, error = time.perf_counter(), None
+            try:
+                job.run(options.device)
+            except Exception:
+                error = traceback.format_exc(limit=-3)
+            faulthandler.cancel_dump_traceback_later()
+            seconds = round(time.perf_counter() - begin, 3)
+            say(**head, ok=error is None, seconds=seconds, **({"error": error} if error else {}))
+            failed += error is not None
+            if error and not device_still_works(options.device):
+                return 3  # the next process goes on
+    return 1 if failed else 0
+
+
+def device_still_works(device: str) -> bool:
+    """After a fault nothing works until the process ends."""
+    try:
+        if device == "cuda":
+            torch.ones(1, device=device).sum().item()
+    except Exception:
+        return False
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("machine", "load", "jobs"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--progress")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--wrong", action="store_true", help="only jobs with wrong values")
+    parser.add_argument("--job-seconds", type=float, default=60)
+    options = parser.parse_args()
+    if options.what == "jobs":
+        return jobs(options)
+    print(json.dumps(machine() if options.what == "machine" else load()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+// The plan of the CUDA search. See csrc/cuda/search.cuh for the kernels.
+#pragma once
+
+#include "common/plan_cuda.h"
+
+namespace resona {
+
+// What the plan counts with; search.cu asserts that the kernels agree.
+constexpr int64_t kSearchTileRows = 128, kSearchStepChunks = 64;
+constexpr int64_t kSearchMostCandidates = 256;  // of a row
+
+struct CudaSearchPlan {
+  const char* kernel;
+  const char* reason;
+  bool candidates;       // else every row is scored canonically in full
+  bool pinned;           // queries stay in registers
+  int64_t bag_per_lane;  // candidates of a row: 4 x this, per pass and split
+  int64_t passes, splits;
+  int64_t tiles, window_tiles;  // tiles of 128 queries in all, and per launch
+  int64_t norm_blocks, exact_blocks;
+  int64_t sequences;  // as in CudaFacts
+  int64_t workspace_bytes;
+
+  int64_t windows() const { return (tiles + window_tiles - 1) / window_tiles; }
+  int64_t groups() const { return passes * splits; }
+};
+
+struct SearchArrays {
+  int32_t* chunk_begin;  // of packed sequences, else null
+  int32_t* candidates;   // [window rows, groups, 4 bag_per_lane]
+  float* cutoffs;        // [window rows, groups]
+  int32_t* last;         // [window rows, groups], null for one pass
+  float* norms;          // [B, R, steps]
+  uint32_t* counts;      // [windows]
+  int64_t* uncertain;    // [window rows], null without candidates
+  uint64_t* keys;        // [exact_blocks, C]
+};
+
+CudaSearchPlan plan_search_cuda(const Shape&, DType embedding_dtype, int64_t sequences, const CudaDevice&);
+SearchArrays take_search(const CudaSearchPlan&, const Shape&, Workspace&);
+
+}  // namespace resona

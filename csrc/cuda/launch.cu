@@ -1,0 +1,91 @@
+#include "cuda/launch.cuh"
+
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace resona::cuda {
+namespace {
+
+constexpr int kPtxWithDependentLaunch = 90;
+
+std::string text_of(const Grid& g) {
+  return "[" + std::to_string(g.x) + ", " + std::to_string(g.y) + ", " + std::to_string(g.z) + "]";
+}
+
+// CUDA keeps the last error for whoever asks next; it is taken back here, so a refused launch spoils nothing.
+void require(cudaError_t error, const char* step, const Launch& l) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error("resona::cuda: " + std::string(l.name) + ": expected success of " + step +
+                           " (grid " + text_of(l.grid) + ", " + std::to_string(l.threads) + " threads, " +
+                           std::to_string(l.shared_bytes) + " bytes of dynamic shared memory; plan: " +
+                           l.plan + "), got " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+void check_grid(const Launch& l) {
+  const Grid& g = l.grid;
+  const int64_t most_x = (int64_t{1} << 31) - 1, most_yz = (1 << 16) - 1;
+  if (g.x <= most_x && g.y <= most_yz && g.z <= most_yz) return;
+  throw std::runtime_error("resona::cuda: " + std::string(l.name) +
+                           ": expected a grid of at most [2147483647, 65535, 65535] blocks, got " +
+                           text_of(g) + " (plan: " + l.plan + ")");
+}
+
+struct Facts {
+  bool known = false;
+  bool waits = false;        // griddepcontrol.wait is in the image that runs
+  int64_t shared_bytes = 0;  // dynamic, as far as opted in
+};
+
+// Whether the kernel waits, as the image that runs on this device says; also opts in to shared memory.
+//
+// griddepcontrol.wait is compiled in from compute_90 on. A compute_80 image translated for a newer device
+// lacks it, and launched early it would race with the kernel before it.
+bool prepare(const Launch& l, int device, const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, Facts> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Facts& facts = all[{kernel, device}];
+  if (!facts.known) {
+    cudaFuncAttributes attributes{};
+    require(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes", l);
+    facts.waits = attributes.ptxVersion >= kPtxWithDependentLaunch;
+    facts.shared_bytes = attributes.maxDynamicSharedSizeBytes;
+    facts.known = true;
+  }
+  if (l.shared_bytes > facts.shared_bytes) {
+    require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(l.shared_bytes)),
+            "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)", l);
+    facts.shared_bytes = l.shared_bytes;
+  }
+  return facts.waits;
+}
+
+}  // namespace
+
+void detail::launch(const Launch& l, Stream stream, const void* kernel, void** arguments) {
+  if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return;
+  check_grid(l);
+  const bool waits = prepare(l, stream.device, kernel);
+  cudaLaunchAttribute dependent{};
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      dim3(static_cast<unsigned>(l.grid.x), static_cast<unsigned>(l.grid.y), static_cast<unsigned>(l.grid.z));
+  config.blockDim = dim3(static_cast<unsigned>(l.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(l.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = &dependent;
+  config.numAttrs = l.dependent && waits ? 1 : 0;
+  require(cudaLaunchKernelExC(&config, kernel, arguments), "launch", l);
+}
+
+}  // namespace resona::cuda

@@ -1,0 +1,138 @@
+#include "cuda/search.cuh"
+
+#include <stdexcept>
+#include <type_traits>
+
+#include "common/plan_search_cuda.h"
+#include "cuda/element.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/packed.cuh"
+#include "cuda/search_refine.cuh"
+
+namespace resona::cuda {
+namespace {
+
+static_assert(kSearchRows == kSearchTileRows && kSearchChunks == kSearchStepChunks &&
+                  SearchRefineConfig::kMostCandidates == kSearchMostCandidates,
+              "plans count with these");
+
+template <class T>
+struct SearchInstance {
+  void (*kernel)(SearchParams<T>);
+  int shared_bytes;
+};
+
+template <class T>
+SearchInstance<T> instance_of(const CudaSearchPlan& plan) {
+#define RESONA_MATCH(Element, kPinned, kPerLane)                   \
+  if constexpr (std::is_same_v<Element, T>)                        \
+    if (plan.pinned == kPinned && plan.bag_per_lane == kPerLane) { \
+      using Config = SearchConfig<T, kPinned, kPerLane>;           \
+      return {search_kernel<Config>, Config::kSharedBytes};        \
+    }
+  RESONA_SEARCH_INSTANCES(RESONA_MATCH)
+#undef RESONA_MATCH
+  throw std::logic_error("resona::cuda: search_kernel: the plan names an instance that does not exist");
+}
+
+template <class T>
+SearchOperand<T> operand(const Rows& r, int64_t dim) {
+  return {static_cast<const T*>(r.data), r.batch_stride, r.token_stride, r.head_stride,
+          rows_of_16_bytes(r, dim)};
+}
+
+SearchRows rows_of(const Shape& s, const PackedSequences& packed) {
+  SearchRows rows{};
+  rows.batch = s.batch, rows.queries = s.queries, rows.heads = s.retrieval_heads, rows.dim = s.retrieval_dim;
+  rows.context = s.context, rows.chunk_size = s.chunk_size, rows.chunks = s.context / s.chunk_size;
+  rows.packed = packed;
+  return rows;
+}
+
+// One call: what all its launches share.
+template <class T>
+struct Search {
+  const RetrieveProblem& problem;
+  const CudaSearchPlan& plan;
+  SearchArrays arrays;
+  PackedSequences packed;
+  Stream stream;
+
+  template <class Parameters>
+  void launch_next(const char* name, int64_t blocks, int threads, void (*kernel)(Parameters),
+                   const Parameters& parameters, int shared_bytes = 0) const {
+    launch({name, {blocks}, threads, shared_bytes, true, plan.reason}, stream, kernel, parameters);
+  }
+
+  SearchOperand<T> query() const { return operand<T>(problem.query, problem.shape.retrieval_dim); }
+  SearchOperand<T> chunk() const { return operand<T>(problem.chunks, problem.shape.retrieval_dim); }
+
+  void find_norms() const {
+    const Shape& s = problem.shape;
+    SearchNormsParams<T> p{};
+    p.chunk = chunk();
+    p.batch = s.batch, p.heads = s.retrieval_heads, p.chunks = s.context / s.chunk_size,
+    p.dim = s.retrieval_dim;
+    p.norms = arrays.norms, p.counts = arrays.counts, p.windows = static_cast<int>(plan.windows());
+    launch_next("search_norms_kernel", plan.norm_blocks, SearchNormsConfig::kThreads, search_norms_kernel<T>,
+                p);
+  }
+
+  void find_candidates(const SearchRows& rows) const {
+    const SearchInstance<T> instance = instance_of<T>(plan);
+    SearchParams<T> p{};
+    p.rows = rows;
+    p.query = query(), p.chunk = chunk();
+    p.candidates = arrays.candidates, p.cutoffs = arrays.cutoffs, p.last = arrays.last;
+    p.splits = static_cast<int>(plan.splits), p.passes = static_cast<int>(plan.passes);
+    for (p.pass = 0; p.pass < p.passes; ++p.pass)
+      launch_next("search_kernel", rows.tiles * plan.splits, kSearchThreads, instance.kernel, p,
+                  instance.shared_bytes);
+  }
+
+  SearchResultParams<T> result_params(const SearchRows& rows, int64_t window) const {
+    SearchResultParams<T> p{};
+    p.rows = rows;
+    p.query = query(), p.chunk = chunk();
+    p.keys = arrays.keys;
+    p.top_k = problem.shape.top_k;
+    p.indices = problem.indices, p.scores = static_cast<float*>(problem.scores);
+    if (!plan.candidates) return p;
+    p.candidates = arrays.candidates, p.cutoffs = arrays.cutoffs, p.norms = arrays.norms;
+    p.groups = static_cast<int>(plan.groups()), p.splits = static_cast<int>(plan.splits);
+    p.group_candidates = static_cast<int>(kQuad * plan.bag_per_lane);
+    p.error = sizeof(T) == 2 ? mma16_error(rows.dim) : tf32x3_error(rows.dim);
+    p.count = arrays.counts + window, p.uncertain = arrays.uncertain;
+    return p;
+  }
+
+  void run() const {
+    if (plan.candidates) find_norms();
+    SearchRows rows = rows_of(problem.shape, packed);
+    for (int64_t window = 0; window < plan.windows(); ++window) {
+      rows.first_tile = window * plan.window_tiles;
+      rows.tiles =
+          plan.tiles - rows.first_tile < plan.window_tiles ? plan.tiles - rows.first_tile : plan.window_tiles;
+      const SearchResultParams<T> p = result_params(rows, window);
+      if (plan.candidates) {
+        find_candidates(rows);
+        launch_next("search_refine_kernel", rows.tiles * kSearchRows / SearchRefineConfig::kWarps,
+                    SearchRefineConfig::kThreads, search_refine_kernel<T>, p);
+      }
+      launch_next("search_exact_kernel", plan.exact_blocks, SearchExactConfig::kThreads,
+                  search_exact_kernel<T>, p);
+    }
+  }
+};
+
+}  // namespace
+
+void retrieve(const RetrieveProblem& p, const CudaSearchPlan& plan, void* memory, Stream stream) {
+  Workspace workspace(memory);
+  const SearchArrays arrays = take_search(plan, p.shape, workspace);
+  const PackedSequences packed = find_chunks(p.packed, p.shape, arrays.chunk_begin, stream);
+  with_element(p.query.dtype,
+               [&](auto element) { Search<decltype(element)>{p, plan, arrays, packed, stream}.run(); });
+}
+
+}  // namespace resona::cuda

@@ -1,0 +1,93 @@
+#include <stdexcept>
+
+#include "ops/backend.h"
+
+#if defined(RESONA_HAS_CUDA)
+#include "cuda/attend.h"
+#include "ops/cuda.h"
+
+namespace resona::ops {
+namespace {
+
+[[noreturn]] void refuse(const char* op) {
+  throw std::runtime_error("resona::" + std::string(op) +
+                           ": device: expected cpu, as this version has no CUDA kernels for it, got cuda");
+}
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(const Tensor& like) : call_(like) {}
+
+  bool writes_all() const override { return true; }
+
+  void pool_chunks(const PoolProblem& p) const override {
+    const int64_t dim = p.shape.retrieval_dim;
+    const bool vector_rows = rows_of_16_bytes(p.context, dim) && rows_of_16_bytes(p.chunks, dim);
+    run(&cuda::pool_chunks, p, plan_pool_cuda(p.shape, cuda_facts(vector_rows, p.packed), call_.device()));
+  }
+  void pool_chunks_backward(const PoolBackwardProblem& p) const override {
+    const int64_t dim = p.shape.retrieval_dim;
+    const bool vector_rows = rows_of_16_bytes(p.context, dim) && rows_of_16_bytes(p.chunk_gradient, dim) &&
+                             rows_of_16_bytes(p.context_gradient, dim);
+    run(&cuda::pool_chunks_backward, p,
+        plan_pool_backward_cuda(p.shape, cuda_facts(vector_rows, p.packed), call_.device()));
+  }
+  void retrieve(const RetrieveProblem& p) const override {
+    const int64_t sequences = cuda_facts(false, p.packed).sequences;
+    run(&cuda::retrieve, p, plan_search_cuda(p.shape, p.query.dtype, sequences, call_.device()));
+  }
+  void retrieve_backward(const RetrieveBackwardProblem& p) const override {
+    const int64_t dim = p.shape.retrieval_dim;
+    const bool vector_rows = rows_of_16_bytes(p.query, dim) && rows_of_16_bytes(p.chunks, dim) &&
+                             rows_of_16_bytes(p.query_gradient, dim) &&
+                             rows_of_16_bytes(p.chunk_gradient, dim);
+    run(&cuda::retrieve_backward, p,
+        plan_retrieve_backward_cuda(p.shape, cuda_facts(vector_rows, p.packed), call_.device()));
+  }
+  void attend(const AttendProblem& p) const override {
+    const int64_t dim = p.shape.head_dim;
+    const bool vector_rows = rows_of_16_bytes(p.query, dim) && rows_of_16_bytes(p.key, dim) &&
+                             rows_of_16_bytes(p.value, dim) && rows_of_16_bytes(p.out, dim);
+    const CudaAttendFacts facts{cuda_facts(vector_rows, p.packed), p.query.dtype, p.distinct,
+                                p.bias != nullptr};
+    run(&cuda::attend, p, plan_attend_cuda(p.shape, facts, call_.device()));
+  }
+  void attend_backward(const AttendBackwardProblem&) const override { refuse("_attend_backward"); }
+
+ private:
+  template <class Problem, class Plan>
+  void run(void (*stage)(const Problem&, const Plan&, void*, cuda::Stream), const Problem& p,
+           const Plan& plan) const {
+    const Tensor memory = call_.workspace(plan.workspace_bytes);
+    stage(p, plan, memory.mutable_data_ptr(), call_.stream());
+  }
+
+  CudaCall call_;
+};
+
+}  // namespace
+
+bool has_cuda() { return true; }
+
+bool is_capturing(const Tensor& t) { return cuda::is_capturing(current_stream(t)); }
+
+std::unique_ptr<Backend> make_cuda_backend(const Tensor& like) { return std::make_unique<CudaBackend>(like); }
+
+}  // namespace resona::ops
+
+#else
+
+namespace resona::ops {
+
+bool has_cuda() { return false; }
+
+// Checks refuse CUDA tensors before the following is asked.
+
+bool is_capturing(const Tensor&) { return false; }
+
+std::unique_ptr<Backend> make_cuda_backend(const Tensor&) {
+  throw std::logic_error("resona: this build has no CUDA kernels");
+}
+
+}  // namespace resona::ops
+#endif

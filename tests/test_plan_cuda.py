@@ -1,0 +1,271 @@
+"""Plans for a CUDA device given by description: pure functions, checked where there is no GPU."""
+
+import itertools
+
+import pytest
+
+_C = pytest.importorskip("resona_ext._C", reason="built without pybind11 (RESONA_PYBIND=0)")
+
+PROBLEM = dict(
+    batch=1,
+    queries=16384,
+    context=16384,
+    heads=4,
+    kv_heads=4,
+    head_dim=64,
+    retrieval_heads=1,
+    retrieval_dim=64,
+    chunk_size=64,
+    top_k=8,
+    dtype="bfloat16",
+    device="cuda",
+    sm=90,
+    sms=132,
+)
+WORKSPACE = 512 << 20
+MILLION = dict(queries=2**20, context=2**20, retrieval_dim=128)
+
+
+def plan(**changes):
+    return _C.plan(**{**PROBLEM, **changes})
+
+
+def parameters(stage, **changes):
+    return {s.name: s.parameters for s in plan(**changes).stages}[stage]
+
+
+def test_stages_in_order():
+    names = [stage.name for stage in plan().stages]
+    assert names == ["pool", "search", "attend", "pool_backward", "index", "retrieve_backward"]
+
+
+# E, dtype -> lanes per row, 16-byte loads: the fewest lanes whose eight elements each hold the row
+POOL = {
+    (8, "bfloat16"): (8, 1),
+    (64, "bfloat16"): (8, 1),
+    (64, "float32"): (8, 1),
+    (72, "float16"): (16, 1),
+    (128, "bfloat16"): (16, 1),
+    (136, "bfloat16"): (32, 1),
+    (600, "float32"): (32, 1),
+    (4, "float32"): (8, 1),
+    (4, "float16"): (32, 0),
+    (37, "float32"): (32, 0),
+    (257, "bfloat16"): (32, 0),
+}
+
+
+@pytest.mark.parametrize("dim, dtype", POOL)
+def test_pool_instance(dim, dtype):
+    for stage in ("pool", "pool_backward"):
+        p = parameters(stage, retrieval_dim=dim, dtype=dtype)
+        assert (p["lanes"], p["vector"]) == POOL[dim, dtype]
+
+
+# shape, blocks: 16 rows each, and no more than 40 per multiprocessor
+BLOCKS = [
+    (dict(), 16),
+    (dict(batch=3, retrieval_heads=2), 96),
+    (dict(context=16384 + 63), 16),
+    (dict(queries=0, context=63), 0),
+    (dict(batch=0), 0),
+    (dict(chunk_size=1), 1024),
+    (dict(chunk_size=1, sms=20), 800),
+    (dict(**MILLION, chunk_size=1), 132 * 40),
+]
+
+
+@pytest.mark.parametrize("changes, blocks", BLOCKS)
+def test_pool_blocks(changes, blocks):
+    assert parameters("pool", **changes)["blocks"] == blocks
+
+
+def test_pool_backward_also_clears_tokens_in_no_chunk():
+    assert parameters("pool_backward", queries=0, context=63)["blocks"] == 1
+    assert parameters("pool_backward", queries=0, context=2**20, chunk_size=2**21)["blocks"] == 5280
+
+
+# B R C -> passes of the sort, bits of a digit: the unused slots have a key of their own
+SORTS = [
+    (0, 1, 1),
+    (1, 1, 1),
+    (2047, 1, 11),
+    (2048, 2, 6),
+    (2**22 - 1, 2, 11),
+    (2**22, 3, 8),
+]
+
+
+@pytest.mark.parametrize("keys, passes, bits", SORTS)
+def test_index_digits(keys, passes, bits):
+    p = parameters("index", queries=0, context=keys, chunk_size=1)
+    assert (p["passes"], p["digit_bits"]) == (passes, bits)
+
+
+@pytest.mark.parametrize(
+    "queries, segment", [(1, 64), (4096, 64), (4097, 128), (16385, 256), (2**20, 1024)]
+)
+def test_segments_grow_with_the_root_of_the_queries(queries, segment):
+    assert parameters("retrieve_backward", queries=queries, context=2**20)["segment"] == segment
+
+
+# chunk_size, top_k, changes -> how candidates are found: slots per lane, passes, splits, queries in registers
+SEARCHES = [
+    (64, 2, {}, (1, 1, 2, 1)),
+    (64, 8, {}, (3, 1, 2, 1)),
+    (64, 16, {}, (5, 1, 2, 1)),
+    (64, 17, {}, (5, 2, 2, 0)),
+    (64, 100, {}, (5, 6, 2, 0)),
+    (64, 8, {"queries": 256}, (3, 1, 1, 1)),  # 256 chunks: four steps, too few to split
+    (1, 8, {"queries": 256}, (3, 1, 8, 1)),
+    (64, 8, {"batch": 8}, (3, 1, 1, 1)),
+    (64, 8, {"retrieval_dim": 129}, (3, 1, 1, 0)),
+    (64, 8, {"dtype": "float32"}, (3, 1, 1, 0)),
+    (8192, 100, {}, (1, 1, 1, 1)),  # two chunks: k can be no more
+]
+
+
+@pytest.mark.parametrize("chunk_size, top_k, changes, expected", SEARCHES)
+def test_search(chunk_size, top_k, changes, expected):
+    p = parameters("search", chunk_size=chunk_size, top_k=top_k, **changes)
+    found = p["bag_per_lane"], p["passes"], p["splits"], p["pinned"]
+    assert (found[0], found[1], found[3]) == (expected[0], expected[1], expected[3])
+    assert found[2] == expected[2] or "queries" not in changes
+
+
+def kernel_of(stage, **changes):
+    return {s.name: s.kernel for s in plan(**changes).stages}[stage]
+
+
+def test_many_slots_are_searched_exactly():
+    assert kernel_of("search", chunk_size=1, top_k=236) == "register_bag"
+    assert kernel_of("search", chunk_size=1, top_k=237) == "exact"
+
+
+# What attention does, by shape: see docs/kernels-retrieval.md for the rules.
+PATHS = [
+    (dict(), "chunk_stationary"),
+    (dict(dtype="float32"), "chunk_stationary"),
+    (dict(heads=16, kv_heads=2), "chunk_stationary"),
+    (dict(heads=16, kv_heads=1, chunk_size=16, top_k=4), "query_mma"),
+    (dict(heads=16, kv_heads=1, chunk_size=16, top_k=4, dtype="float32"), "query_lanes"),
+    (dict(chunk_size=16, top_k=4), "chunk_stationary"),
+    (dict(chunk_size=8, top_k=1), "query_lanes"),  # eight rows per chunk
+    (dict(chunk_size=8, top_k=8), "chunk_stationary"),
+    (dict(chunk_size=2, top_k=1), "query_lanes"),
+    (dict(chunk_size=4, top_k=8), "query_mma"),
+    (dict(chunk_size=4, top_k=8, heads=32, kv_heads=4), "query_mma"),
+    (dict(chunk_size=4, top_k=8, head_dim=60), "query_lanes"),  # rows off 16-byte borders
+    (dict(queries=4096, context=4096), "dense_masked"),
+    (dict(queries=4096, context=4096, dtype="float32"), "chunk_stationary"),
+    (dict(queries=8192, context=8192), "chunk_stationary"),
+    (dict(queries=1), "query_mma"),
+    (dict(queries=0), "query_mma"),
+    (dict(queries=100, context=100, chunk_size=128), "dense_masked"),
+]
+
+
+@pytest.mark.parametrize("changes, kernel", PATHS)
+def test_attention_takes_the_path_of_fewest_bytes(changes, kernel):
+    assert kernel_of("attend", **changes) == kernel
+
+
+def test_few_queries_share_their_keys():
+    assert parameters("attend", queries=1)["splits"] == 4
+    assert parameters("attend", queries=16384, chunk_size=4, top_k=8)["splits"] == 1
+
+
+# L, chunk_size, top_k -> ranges of queries that a call is cut into, with 16 heads of 128 elements
+RANGES = [
+    (2**14, 64, 8, 2),
+    (2**16, 64, 8, 5),
+    (2**20, 64, 8, 67),
+    (2**20, 16, 4, 34),
+    (2**20, 64, 1, 1),
+]
+
+
+@pytest.mark.parametrize("length, chunk_size, top_k, ranges", RANGES)
+def test_ranges_bound_the_workspace(length, chunk_size, top_k, ranges):
+    changes = dict(heads=16, kv_heads=16, head_dim=128, chunk_size=chunk_size, top_k=top_k)
+    changes |= dict(queries=length, context=length)
+    p = parameters("attend", **changes)
+    assert -(-length // p["range_queries"]) == ranges
+    assert plan(**changes).workspace_bytes <= WORKSPACE
+
+
+def test_every_legal_shape_has_a_plan():
+    huge = 2**63 - 1
+    batches, contexts, chunk_sizes = (0, 1, 70), (0, 1, 100, 2**31 - 1), (1, 37, 10**6, huge)
+    grid = itertools.product(
+        batches, contexts, chunk_sizes, (1, 8, huge), (1, 256, 2**24), (80, 90, 120)
+    )
+    for batch, context, chunk_size, top_k, dim, sm in grid:
+        for queries in {0, min(1, context), context}:
+            p = plan(batch=batch, queries=queries, context=context, chunk_size=chunk_size,
+                     top_k=top_k, retrieval_dim=dim, sm=sm)  # fmt: skip
+            assert p.workspace_bytes >= 0
+            for stage in p.stages:
+                assert stage.reason and all(value >= 0 for value in stage.parameters.values())
+                assert stage.parameters.get("lanes", 8) in (8, 16, 32)
+                blocks = [v for name, v in stage.parameters.items() if name.endswith("blocks")]
+                assert all(count < 2**31 for count in blocks)
+
+
+@pytest.mark.parametrize("chunk_size, top_k", [(64, 8), (16, 4), (2, 1), (64, 16)])
+def test_workspace_stays_bounded_at_a_million_tokens(chunk_size, top_k):
+    assert plan(**MILLION, chunk_size=chunk_size, top_k=top_k).workspace_bytes <= WORKSPACE
+
+
+@pytest.mark.parametrize("heads", [1, 16])
+@pytest.mark.parametrize("batch", [1, 7, 64, 1000, 2**16])
+def test_workspace_does_not_grow_with_the_batch(batch, heads):
+    """A large batch runs in parts, the largest that fit."""
+    changes = dict(batch=batch, heads=heads, kv_heads=heads, retrieval_heads=heads)
+    assert plan(**changes).workspace_bytes <= WORKSPACE
+    part = parameters("retrieve_backward", **changes)["batch"]
+    assert 1 <= part <= batch
+    if part < batch:
+        assert plan(**{**changes, "batch": part + 1}).workspace_bytes <= WORKSPACE
+        assert parameters("retrieve_backward", **{**changes, "batch": part})["batch"] == part
+
+
+def test_empty_problems_launch_nothing():
+    for changes in (dict(batch=0), dict(queries=0, context=0)):
+        p = {stage.name: stage.parameters for stage in plan(**changes).stages}
+        assert p["pool"]["blocks"] == p["pool_backward"]["blocks"] == 0
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        (dict(sm=75), "plan: sm: expected at least 80, got 75"),
+        (dict(sms=0), "plan: sms: expected 1 to 65536, got 0"),
+        (dict(sms=2**40), "plan: sms: expected 1 to 65536, got 1099511627776"),
+        (dict(chunk_size=0), "plan: chunk_size: expected at least 1, got 0"),
+        (
+            dict(dtype="float64"),
+            "plan: dtype: expected float32, float16 or bfloat16 on CUDA, got float64",
+        ),
+        (
+            dict(embedding_dtype="float64"),
+            "plan: embedding_dtype: expected float32, float16 or bfloat16 on CUDA, got float64",
+        ),
+    ],
+)
+def test_illegal_problems_say_why(changes, text):
+    with pytest.raises(ValueError) as error:
+        plan(**changes)
+    assert str(error.value) == text
+
+
+def test_explain_for_a_device_that_is_not_here(capsys):
+    from resona_ext import cli
+
+    command = "explain --device cuda --sm 80 --sms 108 --dtype bfloat16 --retrieval-dim 128"
+    assert cli.main(command.split()) == 0
+    printed = capsys.readouterr().out
+    for part in ("sm 80", "sms 108", "warp_rows", "lanes 16", "counting_sort"):
+        assert part in printed
+    assert cli.main(["explain", "--device", "cuda", "--dtype", "float64"]) == 2
+    assert "float16 or bfloat16 on CUDA" in capsys.readouterr().err
