@@ -124,6 +124,8 @@ class Simulator:
         except self.Error as error:
             raise self.Error(f"{locate(str(error), self.path)}\n[{schedule}]") from None
         finally:
+            if self.name not in BUILDS:  # one of many mutants, run once or twice
+                self.module.release_stacks()
             self.seconds_to_run += time.perf_counter() - begin
             self.runs += 1
 

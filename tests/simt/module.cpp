@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "runtime/fiber.h"
 #include "runtime/run.h"
 
 namespace py = pybind11;
@@ -87,5 +88,6 @@ PYBIND11_MODULE(resona_simt, module) {
   module.def("run", &run, py::arg("kernel"), py::arg("inputs"), py::arg("outputs"), py::arg("fresh"),
              py::arg("scalars"), py::arg("schedule"), py::arg("copies_land_early"), py::arg("resident"),
              py::arg("seed"), py::arg("truncated_products"));
+  module.def("release_stacks", &simt::release_stacks);
   module.def("tracks_races", [] { return simt::tracking; });
 }

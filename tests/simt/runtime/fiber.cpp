@@ -61,15 +61,24 @@ char* stacks() {
   return arena;
 }
 
+size_t guarded = 0;  // stacks that have their guard page
+
 Context* left;  // the context that was switched from last
 
 }  // namespace
 
 char* stack_of_slot(size_t slot) {
-  static size_t guarded = 0;
   if (slot >= kMaxFibers) throw std::runtime_error("simt: too many threads resident at once");
-  for (; guarded <= slot; ++guarded) mprotect(stacks() + guarded * kSlotBytes, kGuardBytes, PROT_NONE);
+  for (; guarded <= slot; ++guarded)
+    if (mprotect(stacks() + guarded * kSlotBytes, kGuardBytes, PROT_NONE) != 0)
+      throw std::runtime_error("simt: no guard page below the stack of a fiber: too many mappings");
   return stacks() + slot * kSlotBytes + kGuardBytes;
+}
+
+void release_stacks() {
+  mprotect(stacks(), kMaxFibers * kSlotBytes, PROT_READ | PROT_WRITE);
+  madvise(stacks(), kMaxFibers * kSlotBytes, MADV_DONTNEED);
+  guarded = 0;
 }
 
 bool is_stack_address(const void* address) {

@@ -25,8 +25,12 @@ struct Context {
 constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kMaxFibers = 4096;
 
-// Stack number `slot`, with a guard page below it. Stacks are reused and never returned.
+// Stack number `slot`, with a guard page below it. Stacks are reused.
 char* stack_of_slot(size_t slot);
+
+// Gives back memory and guard pages while nothing runs. A process has 65,530 mappings and every guard page
+// costs two, so a session with dozens of builds would run out of them.
+void release_stacks();
 bool is_stack_address(const void* address);
 
 void prepare(Context& context, char* stack, void (*entry)());
