@@ -4,15 +4,11 @@
 
 #if defined(RESONA_HAS_CUDA)
 #include "cuda/attend.h"
+#include "cuda/attend_backward.h"
 #include "ops/cuda.h"
 
 namespace resona::ops {
 namespace {
-
-[[noreturn]] void refuse(const char* op) {
-  throw std::runtime_error("resona::" + std::string(op) +
-                           ": device: expected cpu, as this version has no CUDA kernels for it, got cuda");
-}
 
 class CudaBackend final : public Backend {
  public:
@@ -52,7 +48,17 @@ class CudaBackend final : public Backend {
                                 p.bias != nullptr};
     run(&cuda::attend, p, plan_attend_cuda(p.shape, facts, call_.device()));
   }
-  void attend_backward(const AttendBackwardProblem&) const override { refuse("_attend_backward"); }
+  void attend_backward(const AttendBackwardProblem& p) const override {
+    const AttendProblem& f = p.forward;
+    const auto vector = [&](const auto&... rows) {
+      return (rows_of_16_bytes(rows, f.shape.head_dim) && ...);
+    };
+    const bool vector_rows = vector(f.query, f.key, f.value, f.out, p.out_gradient, p.query_gradient,
+                                    p.key_gradient, p.value_gradient);
+    run(&cuda::attend_backward, p,
+        plan_attend_backward_cuda(f.shape, f.query.dtype, cuda_facts(vector_rows, f.packed),
+                                  f.bias != nullptr, f.sink != nullptr, call_.device()));
+  }
 
  private:
   template <class Problem, class Plan>
