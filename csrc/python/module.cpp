@@ -11,6 +11,7 @@
 
 #include "common/build_info.h"
 #include "common/plan.h"
+#include "common/plan_attend_backward_cuda.h"
 #include "common/plan_attend_cuda.h"
 #include "common/plan_cuda.h"
 #include "common/plan_search_cuda.h"
@@ -91,11 +92,18 @@ PlanView cpu_plan(const resona::Shape& s, resona::DType rows, resona::DType embe
 }
 
 Stage pool_stage(const char* name, const resona::CudaPoolPlan& p) {
-  return {name, p.kernel, p.reason, {{"lanes", p.lanes}, {"vector", p.vector}, {"blocks", p.blocks}}};
+  return {name,
+          p.kernel,
+          p.reason,
+          {{"lanes", p.lanes},
+           {"vector", p.vector},
+           {"blocks", p.blocks},
+           {"workspace_bytes", p.workspace_bytes}}};
 }
 
 Stage attend_stage(const resona::CudaAttendPlan& p) {
-  std::map<std::string, int64_t> parameters{{"dim", p.dim}, {"vector", p.vector}, {"blocks", p.blocks}};
+  std::map<std::string, int64_t> parameters{
+      {"dim", p.dim}, {"vector", p.vector}, {"blocks", p.blocks}, {"workspace_bytes", p.workspace_bytes}};
   if (p.path == resona::AttendPath::kQuery || p.path == resona::AttendPath::kQueryMma)
     parameters.insert({{"heads", p.heads}, {"splits", p.splits}});
   if (p.path == resona::AttendPath::kChunk)
@@ -111,8 +119,26 @@ Stage attend_stage(const resona::CudaAttendPlan& p) {
   return {"attend", p.kernel, p.reason, parameters};
 }
 
+Stage attend_backward_stage(const resona::CudaAttendBackwardPlan& p) {
+  return {"attend_backward",
+          p.kernel,
+          p.reason,
+          {{"batch", p.batch},
+           {"queries", p.queries},
+           {"heads", p.heads},
+           {"width", p.width},
+           {"tile", p.tile},
+           {"partials", p.partials},
+           {"segment", p.segment},
+           {"vector", p.vector},
+           {"normalise", p.normalise},
+           {"item_blocks", p.item_blocks},
+           {"row_blocks", p.row_blocks},
+           {"workspace_bytes", p.workspace_bytes}}};
+}
+
 // The stages that have CUDA kernels, for tensors as torch allocates them and indices as `retrieve` returns
-// them.
+// them. Stages run one after another, so a forward call takes what the largest of them takes.
 PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t sm,
                    int64_t sms) {
   require(sm >= 80, "sm", "at least 80", std::to_string(sm));
@@ -127,6 +153,8 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
   const resona::CudaSearchPlan search = resona::plan_search_cuda(s, embeddings, facts.sequences, device);
   const resona::CudaFacts row_facts{s.head_dim * resona::size_of(rows) % 16 == 0, facts.sequences};
   const resona::CudaAttendPlan attend = resona::plan_attend_cuda(s, {row_facts, rows, true, false}, device);
+  const resona::CudaAttendBackwardPlan attend_backward =
+      resona::plan_attend_backward_cuda(s, rows, row_facts, false, false, device);
   return {{pool_stage("pool", pool),
            {"search",
             search.kernel,
@@ -137,8 +165,10 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
              {"pinned", search.pinned},
              {"window_tiles", search.window_tiles},
              {"norm_blocks", search.norm_blocks},
-             {"exact_blocks", search.exact_blocks}}},
+             {"exact_blocks", search.exact_blocks},
+             {"workspace_bytes", search.workspace_bytes}}},
            attend_stage(attend),
+           attend_backward_stage(attend_backward),
            pool_stage("pool_backward", pool_backward),
            {"index",
             index.kernel,
@@ -153,9 +183,9 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
              {"segment", backward.segment},
              {"query_blocks", backward.query_blocks},
              {"segment_blocks", backward.segment_blocks},
-             {"chunk_blocks", backward.chunk_blocks}}}},
-          std::max({pool.workspace_bytes, search.workspace_bytes, attend.workspace_bytes,
-                    pool_backward.workspace_bytes, backward.workspace_bytes})};
+             {"chunk_blocks", backward.chunk_blocks},
+             {"workspace_bytes", backward.workspace_bytes}}}},
+          std::max({pool.workspace_bytes, search.workspace_bytes, attend.workspace_bytes})};
 }
 
 PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t heads, int64_t kv_heads,
