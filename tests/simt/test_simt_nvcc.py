@@ -71,9 +71,12 @@ def test_registers_and_spills(source):
     print(f"registers at most: {most}")
 
 
-def test_canonical_arithmetic_is_exact():
-    """Nothing approximate and nothing flushed, anywhere in the pool kernels."""
-    ptx = nvcc(harness.HERE / "nvcc" / "pool.cu", "-arch=compute_80", "-ptx", "-o", "/dev/stdout")
+@pytest.mark.parametrize("source", ["pool", "search"])
+def test_canonical_arithmetic_is_exact(source):
+    """Nothing approximate and nothing flushed, anywhere in these kernels."""
+    ptx = nvcc(
+        harness.HERE / "nvcc" / f"{source}.cu", "-arch=compute_80", "-ptx", "-o", "/dev/stdout"
+    )
     assert "sqrt.rn.f64" in ptx and "div.rn.f64" in ptx
     assert not re.search(r"\.approx|\.ftz", ptx)
 
