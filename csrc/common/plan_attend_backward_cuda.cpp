@@ -15,18 +15,6 @@ constexpr int64_t kLongSegment = 1024, kShortSegment = 256, kManyRows = 1 << 18,
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The largest n in [1, most] that fits, given that all smaller ones do; 1 if none does.
-template <class Fits>
-int64_t largest(int64_t most, const Fits& fits) {
-  if (fits(most)) return most;
-  int64_t low = 1, high = most;
-  while (low + 1 < high) {
-    const int64_t middle = low + (high - low) / 2;
-    (fits(middle) ? low : high) = middle;
-  }
-  return low;
-}
-
 int64_t group_of(const Shape& s) { return s.heads / s.kv_heads; }
 int64_t pitch_of(const Shape& s) { return ceil_div(s.head_dim, 8) * 8; }
 int64_t slots_of(const Shape& s) {
@@ -76,13 +64,15 @@ void choose_part(CudaAttendBackwardPlan& plan, const Shape& s) {
   };
   constexpr int64_t kMost = kCudaWorkspaceBytes;
   plan.batch = std::max<int64_t>(1, s.batch), plan.queries = std::max<int64_t>(1, s.queries);
-  plan.heads = largest(s.kv_heads / s.retrieval_heads,
-                       [&](int64_t heads) { return fits_with(plan.batch, plan.queries, heads, kMost); });
+  plan.heads = largest_that_fits(s.kv_heads / s.retrieval_heads, [&](int64_t heads) {
+    return fits_with(plan.batch, plan.queries, heads, kMost);
+  });
   if (fits_with(plan.batch, plan.queries, plan.heads, kMost)) return;
-  plan.batch = largest(plan.batch, [&](int64_t batch) { return fits_with(batch, plan.queries, 1, kMost); });
+  plan.batch =
+      largest_that_fits(plan.batch, [&](int64_t batch) { return fits_with(batch, plan.queries, 1, kMost); });
   if (fits_with(plan.batch, plan.queries, 1, kMost)) return;
   const int64_t most = std::max(kMost, fixed_bytes(plan, s) + kMost / 2);
-  const int64_t range = kRangeStep * largest(ceil_div(plan.queries, kRangeStep), [&](int64_t n) {
+  const int64_t range = kRangeStep * largest_that_fits(ceil_div(plan.queries, kRangeStep), [&](int64_t n) {
                           return fits_with(1, n * kRangeStep, 1, most);
                         });
   plan.queries = std::min(plan.queries, range);

@@ -43,18 +43,6 @@ int64_t segment_for(int64_t queries) {
   return segment;
 }
 
-// The largest n in [1, most] that fits, given that all smaller ones do; 1 if none does.
-template <class Fits>
-int64_t largest(int64_t most, const Fits& fits) {
-  if (fits(most)) return most;
-  int64_t low = 1, high = most;
-  while (low + 1 < high) {
-    const int64_t middle = low + (high - low) / 2;
-    (fits(middle) ? low : high) = middle;
-  }
-  return low;
-}
-
 CudaRetrieveBackwardPlan plan_retrieve_backward_part(const Shape& whole, int64_t batch,
                                                      const CudaFacts& facts, const CudaDevice& device) {
   Shape s = whole;
@@ -200,7 +188,7 @@ CudaRetrieveBackwardPlan plan_retrieve_backward_cuda(const Shape& s, const CudaF
     return plan.index.slots <= kMostSlots && plan.index.keys <= kMostKeys &&
            plan.workspace_bytes <= kCudaWorkspaceBytes;
   };
-  const int64_t batch = largest(std::max<int64_t>(1, s.batch), fits);
+  const int64_t batch = largest_that_fits(std::max<int64_t>(1, s.batch), fits);
   return plan_retrieve_backward_part(s, batch, facts, device);
 }
 

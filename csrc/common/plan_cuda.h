@@ -31,6 +31,18 @@ constexpr int64_t kCudaWorkspaceBytes = 512 << 20;
 // Of sizes that no tensor could have, just a very large number: products of two of these still fit.
 int64_t saturated_product(std::initializer_list<int64_t> factors);
 
+// The largest n in [1, most] that fits, given that all smaller ones do; 1 if none does.
+template <class Fits>
+int64_t largest_that_fits(int64_t most, const Fits& fits) {
+  if (fits(most)) return most;
+  int64_t low = 1, high = most;
+  while (low + 1 < high) {
+    const int64_t middle = low + (high - low) / 2;
+    (fits(middle) ? low : high) = middle;
+  }
+  return low;
+}
+
 // Whether each row begins and ends at a multiple of 16 bytes, so that it can be moved 16 bytes at a time.
 bool rows_of_16_bytes(const Rows&, int64_t dim);
 bool rows_of_16_bytes(const MutableRows&, int64_t dim);
