@@ -18,8 +18,8 @@
 //       rarely: offer the better ones to the bag (bag.cuh)
 //   bag -> candidates, its worst score -> cutoff: every chunk outside has a quick product <= cutoff
 //
-// Bytes: chunks are read once per 128 queries from the L2 (64 Dr per query at 2 bytes: C Dr / 64 for C
-// chunks), queries once. FLOPs: 2 C Dr per query, of which causality saves half.
+// Bytes: chunks come from L2 once per 128 queries, C E / 64 bytes per query in 16 bits; queries once. FLOPs:
+// 2 C E per query, of which causality saves half.
 //
 // When there are few queries, blocks share them and split the chunks; every split leaves its own candidates.
 // Pass p > 0 skips what ranks above the worst pair that pass p - 1 kept: quick products come out the same in
@@ -50,9 +50,8 @@ struct SearchConfig {
   static constexpr int kMinBlocks = 2;
 };
 
-// The rows of one launch: tiles of 128 queries, `first_tile` being a tile of batch entry 0 and head 0 when it
-// is 0. Candidates, cutoffs and positions are stored for these rows only, so that a caller with many rows
-// can work in windows.
+// The rows of one launch: tiles of 128 queries, numbered over batch entries, heads and queries. Candidates
+// and cutoffs are stored for these rows only, so a call with many rows can work in windows.
 struct SearchRows {
   int64_t batch, queries, heads, dim;   // B, T, R, E
   int64_t context, chunk_size, chunks;  // L, S, C
