@@ -1,5 +1,6 @@
 """Retrieval inside linear recurrent models: chunk search and block-sparse attention in one operator."""
 
+from .cache import ChunkCache
 from .functional import (
     RetrieveAttendAux,
     RetrieveResult,
@@ -12,6 +13,7 @@ from .layer import Resona
 from .version import __version__
 
 __all__ = [
+    "ChunkCache",
     "Resona",
     "RetrieveAttendAux",
     "RetrieveResult",

@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 
 ops = torch.ops.resona
 
+_DECODE_TENSORS = tuple(a.name for a in ops.decode_step.default._schema.arguments)
+
 
 def _setup_pool_chunks(ctx, inputs, output):
     context_embedding, ctx.chunk_size, cu_seqlens = inputs
@@ -159,6 +161,19 @@ def _refuse_tangents(name: str, arguments) -> None:
             )
 
 
+def _raw_decode_step(keyset, *args, **kwargs):
+    if torch.is_grad_enabled():
+        for argument, t in zip(_DECODE_TENSORS, args, strict=False):
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                raise RuntimeError(
+                    f"resona::decode_step: {argument}: expected no gradient, as the step has no backward, "
+                    "got requires_grad=True. Call it under torch.no_grad()."
+                )
+    with torch._C._AutoDispatchBelowAutograd():
+        below = keyset & torch._C._after_autograd_keyset
+        return ops.decode_step.default.redispatch(below, *args, **kwargs)
+
+
 class _ReverseModeLibrary(torch.library.Library):
     """torch's autograd kernel drops tangents in silence; one registered here refuses them."""
 
@@ -186,4 +201,5 @@ def register() -> torch.library.Library:
         torch.library.register_autograd(
             f"resona::{name}", backward, setup_context=setup, lib=library
         )
+    library.impl("decode_step", _raw_decode_step, "Autograd", with_keyset=True)
     return library

@@ -161,6 +161,11 @@ class Checker:
         self.dtype(argument, t, accumulation_dtype(query))
         self.device(argument, t, query, "query")
 
+    def in_place(self, argument: str, t: Tensor, like: Tensor) -> None:
+        self.device(argument, t, like, "query")
+        expected = "a contiguous tensor, as it is written in place"
+        self.require(t.is_contiguous(), argument, expected, lambda: f"strides {_text(t.stride())}")
+
     def scale(self, scale: float | None) -> None:
         if scale is not None:
             self.require(math.isfinite(scale), "scale", "a finite number", str(scale))
@@ -274,4 +279,72 @@ def check_fused(
     check.per_head("sink", sink, "[H]", s.heads, query)
     check.scale(scale)
     check.sequences(cu_seqlens, query, "query", s)
+    return s
+
+
+def check_decode(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_embedding: Tensor,
+    context_embedding: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    chunk_embedding: Tensor,
+    open_sum: Tensor,
+    history: Tensor,
+    lengths: Tensor,
+    chunk_size: int,
+    top_k: int,
+    score_scale: Tensor | None,
+    sink: Tensor | None,
+    scale: float | None,
+) -> Shape:
+    check = Checker(op)
+    s = check_fused(
+        op,
+        query,
+        key,
+        value,
+        query_embedding,
+        context_embedding,
+        chunk_size,
+        top_k,
+        score_scale,
+        sink,
+        None,
+        scale,
+    )
+    one = "one new token per sequence"
+    check.require(s.queries == 1, "query", f"T = 1, {one}", lambda: f"shape {_text(query.shape)}")
+    check.require(s.context == 1, "key", f"L = 1, {one}", lambda: f"shape {_text(key.shape)}")
+
+    check.rank("key_cache", key_cache, 4, "[B, M, Hkv, D]")
+    capacity = key_cache.shape[1]
+    check.lengths("key_cache", 1, capacity)
+    tokens = (s.batch, capacity, s.kv_heads, s.head_dim)
+    heads = (s.retrieval_heads, s.retrieval_dim)
+    check.shape("key_cache", key_cache, "[B, M, Hkv, D]", tokens)
+    check.shape("value_cache", value_cache, "[B, M, Hkv, D]", tokens)
+    chunks = (s.batch, capacity // chunk_size, *heads)
+    check.shape("chunk_embedding", chunk_embedding, "[B, M // S, R, E]", chunks)
+    check.shape("open_sum", open_sum, "[B, R, E]", (s.batch, *heads))
+    check.rank("history", history, 4, "[B, W, R, E]")
+    check.shape("history", history, "[B, W, R, E]", (s.batch, history.shape[1], *heads))
+    check.shape("lengths", lengths, "[B]", (s.batch,))
+
+    check.dtype("key_cache", key_cache, query.dtype, "query")
+    check.dtype("value_cache", value_cache, query.dtype, "query")
+    check.dtype("chunk_embedding", chunk_embedding, query_embedding.dtype, "query_embedding")
+    check.dtype("open_sum", open_sum, accumulation_dtype(query_embedding))
+    check.dtype("history", history, query_embedding.dtype, "query_embedding")
+    check.dtype("lengths", lengths, torch.int32)
+
+    check.in_place("key_cache", key_cache, query)
+    check.in_place("value_cache", value_cache, query)
+    check.in_place("chunk_embedding", chunk_embedding, query)
+    check.in_place("open_sum", open_sum, query)
+    check.in_place("history", history, query)
+    check.in_place("lengths", lengths, query)
     return s

@@ -7,6 +7,7 @@ import torch
 from ._checks import (
     accumulation_dtype,
     check_attend,
+    check_decode,
     check_fused,
     check_pool_chunks,
     check_retrieve,
@@ -141,6 +142,53 @@ def _fused_retrieve_attend(
     )
 
 
+def _decode_step(
+    query,
+    key,
+    value,
+    query_embedding,
+    context_embedding,
+    key_cache,
+    value_cache,
+    chunk_embedding,
+    open_sum,
+    history,
+    lengths,
+    chunk_size,
+    top_k,
+    score_scale=None,
+    sink=None,
+    *,
+    scale=None,
+):
+    s = check_decode(
+        "decode_step",
+        query,
+        key,
+        value,
+        query_embedding,
+        context_embedding,
+        key_cache,
+        value_cache,
+        chunk_embedding,
+        open_sum,
+        history,
+        lengths,
+        chunk_size,
+        top_k,
+        score_scale,
+        sink,
+        scale,
+    )
+    slots = (s.batch, 1, s.retrieval_heads, top_k)
+    return (
+        query.new_empty(query.shape),
+        query.new_empty(query.shape[:3], dtype=accumulation_dtype(query)),
+        query.new_empty(slots, dtype=torch.int32),
+        query.new_empty(slots, dtype=accumulation_dtype(query_embedding)),
+    )
+
+
 def register() -> None:
     for fake in (
         _pool_chunks,
@@ -150,6 +198,7 @@ def register() -> None:
         _attend,
         _attend_backward,
         _fused_retrieve_attend,
+        _decode_step,
     ):
         name = fake.__name__ if fake.__name__.endswith("_backward") else fake.__name__[1:]
         torch.library.register_fake(f"resona::{name}", fake)

@@ -15,12 +15,63 @@ from torch import Tensor, nn
 NORM_EPS = 1e-6
 ENCODERS = ("tied", "identity", "separate")
 QUERY_ENCODERS = ("hidden", "query")
+ELIGIBILITY = ("strict", "inclusive")
+DEFAULT_ALPHA = {"gate": None, "fixed": 0.5, "additive": 1.0}  # by mix
 
 
 def require(condition: bool, argument: str, expected: str, got: object) -> None:
     """The one form of every complaint about an argument of the layer."""
     if not condition:
         raise ValueError(f"Resona: {argument} must be {expected}, got {got}")
+
+
+def check_switches(layer: nn.Module) -> None:
+    require(layer.chunk_size >= 1, "chunk_size", "at least 1", layer.chunk_size)
+    require(layer.top_k >= 1, "top_k", "at least 1", layer.top_k)
+    got = repr(layer.eligibility)
+    require(layer.eligibility in ELIGIBILITY, "eligibility", f"one of {ELIGIBILITY}", got)
+    require(layer.key_conv >= 0, "key_conv", "at least 0", layer.key_conv)
+    if layer.rope_base is not None:
+        require(layer.rope_base > 0, "rope_base", "None or positive", layer.rope_base)
+        require(layer.head_dim % 2 == 0, "head_dim", "even with rope_base", layer.head_dim)
+    require(layer.mix in DEFAULT_ALPHA, "mix", f"one of {tuple(DEFAULT_ALPHA)}", repr(layer.mix))
+    if layer.mix == "gate":
+        expected = 'None with mix="gate", which computes its own'
+        require(layer.alpha is None, "alpha", expected, layer.alpha)
+    else:
+        require(layer.gate_bias == 0, "gate_bias", f'0 with mix="{layer.mix}"', layer.gate_bias)
+    if layer.mix == "fixed":
+        require(0 <= layer.alpha <= 1, "alpha", 'in [0, 1] with mix="fixed"', layer.alpha)
+
+
+def check_inputs(
+    d_model: int,
+    x: Tensor,
+    e: Tensor,
+    y: Tensor | None,
+    cu_seqlens: Tensor | None,
+    attention_mask: Tensor | None,
+) -> None:
+    valid = x.dim() == 3 and x.shape[-1] == d_model
+    require(valid, "hidden_states", f"[B, T, {d_model}]", list(x.shape))
+    for argument, got in (("embeddings", e), ("mixer_output", y)):
+        if got is not None:
+            expected = f"{list(x.shape)} like hidden_states"
+            require(got.shape == x.shape, argument, expected, list(got.shape))
+    if attention_mask is not None:
+        expected = "None with cu_seqlens (packed sequences have no padding)"
+        require(cu_seqlens is None, "attention_mask", expected, "both")
+        got = list(attention_mask.shape)
+        require(got == list(x.shape[:2]), "attention_mask", f"{list(x.shape[:2])}", got)
+        # An additive float mask (0 at tokens) would be read upside down.
+        dtype, expected = attention_mask.dtype, "bool or integer, 1 at tokens"
+        require(not dtype.is_floating_point, "attention_mask", expected, dtype)
+    if cu_seqlens is not None:
+        valid = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1
+        valid = valid and cu_seqlens.dtype == torch.int32
+        got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        require(valid, "cu_seqlens", "torch.int32 [n + 1]", got)
+        require(x.shape[0] == 1, "hidden_states", "of batch 1 with cu_seqlens", list(x.shape))
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -151,15 +202,25 @@ def causal_taps(x: Tensor, weight: Tensor, position: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Rotary embedding, halves paired (GPT-NeoX order): x [B, L, H, D], position [L]."""
+    """Rotary embedding, halves paired (GPT-NeoX order): x [B, L, H, D], position [L] or [B, L]."""
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     # In float32 an angle would be off by 0.06 at position 1,000,000.
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     angle = position.unsqueeze(-1) * frequency
-    cos, sin = (f(angle).to(wide).unsqueeze(1) for f in (torch.cos, torch.sin))
+    cos, sin = (f(angle).to(wide).unsqueeze(-2) for f in (torch.cos, torch.sin))
     left, right = x.to(wide).split(half, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+
+
+def score_scale_and_sink(
+    layer: nn.Module, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both in the dtype that the operators want beside queries of `dtype`."""
+    if not layer.trainable_retrieval:
+        return None, None
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return layer.score_scale.to(wide), layer.sink.to(wide)
 
 
 class SwiGLU(nn.Module):

@@ -127,6 +127,19 @@ def _register_flops() -> None:
         search = _search_flops(query_embedding, context[1], chunk_size)
         return pooled + search + _attend_flops(query_shape, top_k * chunk_size)
 
+    # As if the cache were full, for the same reason.
+    @register_flop_formula(ops.decode_step)
+    def decode_step(query_shape, *shapes, **__) -> int:
+        query_embedding, chunk_embedding, chunk_size, top_k = (
+            shapes[2],
+            shapes[6],
+            shapes[10],
+            shapes[11],
+        )
+        batch, _, heads, dim = query_embedding
+        search = 2 * batch * heads * dim * chunk_embedding[1]
+        return search + _attend_flops(query_shape, top_k * chunk_size)
+
     # d query, d key, d value and the two recomputed products.
     @register_flop_formula(ops._attend_backward)
     def attend_backward(

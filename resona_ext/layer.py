@@ -11,24 +11,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ._layer_cache import cached_branch, check_cache, make_cache
 from ._layer_parts import (
+    DEFAULT_ALPHA,
     Encoders,
     SwiGLU,
     causal_taps,
+    check_inputs,
+    check_switches,
     first_real_token,
     local_positions,
     require,
     rms_norm,
     roll_rows,
     rotate,
+    score_scale_and_sink,
     shift_for_inclusive,
 )
+from .cache import ChunkCache
 from .functional import attend, retrieve, retrieve_attend
 
-ELIGIBILITY = ("strict", "inclusive")
 MAX_HEAD_DIM = 256
 DEFAULT_RETRIEVAL_DIM = 128
-DEFAULT_ALPHA = {"gate": None, "fixed": 0.5, "additive": 1.0}
 INITIAL_SCORE_SCALE = 10.0  # a cosine is small: at 1 or 2 the scores weigh too little to train
 
 
@@ -154,7 +158,7 @@ class Resona(nn.Module):
         self.gate_bias = gate_bias
         self.zero_init_output = zero_init_output
         self.keep_empty_rows = keep_empty_rows
-        self._check_switches()
+        check_switches(self)
 
         factory_kwargs = {"device": device, "dtype": dtype}
         query_width, key_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -208,24 +212,6 @@ class Resona(nn.Module):
         require(dim in (None, only), "retrieval_dim", expected, dim)
         return only
 
-    def _check_switches(self) -> None:
-        require(self.chunk_size >= 1, "chunk_size", "at least 1", self.chunk_size)
-        require(self.top_k >= 1, "top_k", "at least 1", self.top_k)
-        got = repr(self.eligibility)
-        require(self.eligibility in ELIGIBILITY, "eligibility", f"one of {ELIGIBILITY}", got)
-        require(self.key_conv >= 0, "key_conv", "at least 0", self.key_conv)
-        if self.rope_base is not None:
-            require(self.rope_base > 0, "rope_base", "None or positive", self.rope_base)
-            require(self.head_dim % 2 == 0, "head_dim", "even with rope_base", self.head_dim)
-        require(self.mix in DEFAULT_ALPHA, "mix", f"one of {tuple(DEFAULT_ALPHA)}", repr(self.mix))
-        if self.mix == "gate":
-            expected = 'None with mix="gate", which computes its own'
-            require(self.alpha is None, "alpha", expected, self.alpha)
-        else:
-            require(self.gate_bias == 0, "gate_bias", f'0 with mix="{self.mix}"', self.gate_bias)
-        if self.mix == "fixed":
-            require(0 <= self.alpha <= 1, "alpha", 'in [0, 1] with mix="fixed"', self.alpha)
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw every parameter anew, except those of a context encoder given as a module."""
@@ -247,6 +233,21 @@ class Resona(nn.Module):
             self.score_scale.fill_(INITIAL_SCORE_SCALE)
             self.sink.zero_()
 
+    def make_cache(
+        self,
+        batch: int,
+        max_length: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        history: int | None = None,
+    ) -> ChunkCache:
+        """A cache for `forward`: `batch` sequences of at most max_length tokens each.
+
+        dtype and device: default those of the weights, or autocast's dtype inside of it. history: as
+        in `ChunkCache`. A change of chunk_size needs another cache; top_k may change at any time.
+        """
+        return make_cache(self, batch, max_length, dtype, device, history)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -254,6 +255,7 @@ class Resona(nn.Module):
         mixer_output: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        cache: ChunkCache | None = None,
     ) -> Tensor:
         """Run the branch over whole sequences and mix it into the output of the layer's mixer.
 
@@ -264,15 +266,24 @@ class Resona(nn.Module):
             cu_seqlens: int32 [n + 1], borders of packed sequences (B = 1), which nothing crosses.
             attention_mask: [B, T], 1 at tokens and 0 at padding, which stands left or right of
                 them in each row. Outputs at padding are finite and mean nothing.
+            cache: from `make_cache`. The T tokens follow those in the cache and are appended to it:
+                a prompt in any pieces, then token by token. Without gradients.
 
         Returns:
             [B, T, d]: mix(y, c) in the dtype of y, or c if mixer_output is None.
 
         Raises:
-            ValueError: a shape does not fit, or cu_seqlens and attention_mask are both given.
+            ValueError: a shape does not fit, the cache is not of this layer or is full, or of
+                cu_seqlens, attention_mask and cache two are given that exclude each other.
         """
-        self._check_inputs(hidden_states, embeddings, mixer_output, cu_seqlens, attention_mask)
-        if attention_mask is None:
+        tensors = (hidden_states, embeddings, mixer_output)
+        check_inputs(self.d_model, *tensors, cu_seqlens, attention_mask)
+        if cache is not None:
+            check_cache(self, cache, hidden_states, cu_seqlens)
+            retrieved, is_empty = cached_branch(
+                self, hidden_states, embeddings, cache, attention_mask
+            )
+        elif attention_mask is None:
             retrieved, is_empty = self._branch(hidden_states, embeddings, cu_seqlens)
         else:
             padding = first_real_token(attention_mask)
@@ -282,28 +293,6 @@ class Resona(nn.Module):
         if mixer_output is None:
             return retrieved
         return self._mix(hidden_states, mixer_output, retrieved, is_empty)
-
-    def _check_inputs(self, x, e, y, cu_seqlens, attention_mask) -> None:
-        valid = x.dim() == 3 and x.shape[-1] == self.d_model
-        require(valid, "hidden_states", f"[B, T, {self.d_model}]", list(x.shape))
-        for argument, got in (("embeddings", e), ("mixer_output", y)):
-            if got is not None:
-                expected = f"{list(x.shape)} like hidden_states"
-                require(got.shape == x.shape, argument, expected, list(got.shape))
-        if attention_mask is not None:
-            expected = "None with cu_seqlens (packed sequences have no padding)"
-            require(cu_seqlens is None, "attention_mask", expected, "both")
-            got = list(attention_mask.shape)
-            require(got == list(x.shape[:2]), "attention_mask", f"{list(x.shape[:2])}", got)
-            # An additive float mask (0 at tokens) would be read upside down.
-            dtype, expected = attention_mask.dtype, "bool or integer, 1 at tokens"
-            require(not dtype.is_floating_point, "attention_mask", expected, dtype)
-        if cu_seqlens is not None:
-            valid = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1
-            valid = valid and cu_seqlens.dtype == torch.int32
-            got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-            require(valid, "cu_seqlens", "torch.int32 [n + 1]", got)
-            require(x.shape[0] == 1, "hidden_states", "of batch 1 with cu_seqlens", list(x.shape))
 
     def _branch(self, x: Tensor, e: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Everything up to the mix: c [B, T, d], and which rows had nothing eligible [B, T]."""
@@ -315,27 +304,43 @@ class Resona(nn.Module):
         key_position = local_positions(length, cu_seqlens, e.device)
         query_position = key_position[length - rows :] - int(inclusive)
 
-        query = self.q_proj(x)
         source = rms_norm(e) if self.normalize_key_value else e
-        value = self.v_proj(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        key_source = source
         if self.key_conv_weight is not None:
-            source = causal_taps(source, self.key_conv_weight, key_position)
-        key = self.k_proj(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        query_embedding = self.encoders.query_embedding(x, query)
-        query = query.unflatten(-1, (self.num_heads, self.head_dim))
-        if self.rope_base is not None:
-            query = rotate(query, query_position, self.rope_base)
-            key = rotate(key, key_position, self.rope_base)
-
+            key_source = causal_taps(source, self.key_conv_weight, key_position)
+        query, key, value, query_embedding = self._project(
+            x, key_source, source, query_position, key_position
+        )
         out, indices = self._search_and_attend(query, key, value, query_embedding, e, cu_seqlens)
         # One head tells for all: what is eligible depends on the position alone.
         is_empty = indices[:, :, 0, 0] < 0
         if query_row is not None:
             out, is_empty = out.index_select(1, query_row), is_empty.index_select(1, query_row)
-        retrieved = self.o_proj(out.flatten(2))
-        if self.mlp is not None:
-            retrieved = retrieved + self.mlp(rms_norm(retrieved))
-        return retrieved, is_empty
+        return self._output(out), is_empty
+
+    def _project(
+        self,
+        x: Tensor,
+        key_source: Tensor,
+        value_source: Tensor,
+        query_position: Tensor,
+        key_position: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, T, heads, D], query embeddings [B, T, R, E]."""
+        query = self.q_proj(x)
+        query_embedding = self.encoders.query_embedding(x, query)
+        query = query.unflatten(-1, (self.num_heads, self.head_dim))
+        key = self.k_proj(key_source).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        value = self.v_proj(value_source).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.rope_base is not None:
+            query = rotate(query, query_position, self.rope_base)
+            key = rotate(key, key_position, self.rope_base)
+        return query, key, value, query_embedding
+
+    def _output(self, attended: Tensor) -> Tensor:
+        """c [B, T, d] from what was attended to, [B, T, H, D]."""
+        retrieved = self.o_proj(attended.flatten(2))
+        return retrieved if self.mlp is None else retrieved + self.mlp(rms_norm(retrieved))
 
     def _search_and_attend(
         self,
@@ -348,10 +353,7 @@ class Resona(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The operator: out [B, T, H, D] and indices [B, T, R, k]."""
         context = rms_norm(e) if self.normalize_embeddings else e
-        score_scale = sink = None
-        if self.trainable_retrieval:
-            wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-            score_scale, sink = self.score_scale.to(wide), self.sink.to(wide)
+        score_scale, sink = score_scale_and_sink(self, query.dtype)
         settings = {"chunk_size": self.chunk_size, "cu_seqlens": cu_seqlens}
 
         if self.encoders.is_pooled:

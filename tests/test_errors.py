@@ -44,6 +44,20 @@ def pool_chunks(**changes):
     }
 
 
+def decode(**changes):
+    p = Problem(kv_heads=2, retrieval_heads=2, queries=1, context=1)
+    arguments = {name: t for name, t in p.tensors.items() if name != "cu_seqlens"}
+    cache = dict(
+        key_cache=zeros(2, 9, 2, 16),
+        value_cache=zeros(2, 9, 2, 16),
+        chunk_embedding=zeros(2, 2, 2, 12),
+        open_sum=zeros(2, 2, 12),
+        history=zeros(2, 8, 2, 12),
+        lengths=zeros(2, dtype=I32),
+    )
+    return ops.decode_step, {**arguments, **cache, "chunk_size": 4, "top_k": 3, **changes}
+
+
 def packed(**changes):
     return ops.fused_retrieve_attend, Problem(lengths=[10, 20]).arguments(**changes)
 
@@ -185,6 +199,41 @@ SHAPES_AND_TYPES = [
     ),
     (pool_chunks, dict(cu_seqlens=cu(0, 61)), "cu_seqlens", "B = 1 for packed sequences", "B = 2"),
     (retrieve, dict(cu_seqlens=cu(0, 61, dtype=torch.int16)), "cu_seqlens", "dtype int32", "int16"),
+    # the decode step and its cache
+    (decode, dict(query=zeros(2, 0, 4, 16), query_embedding=zeros(2, 0, 2, 12)), "query", "T = 1, one new token per sequence", "shape [2, 0, 4, 16]"),
+    (
+        decode,
+        dict(key=zeros(2, 2, 2, 16), value=zeros(2, 2, 2, 16), context_embedding=zeros(2, 2, 2, 12)),
+        "key",
+        "L = 1, one new token per sequence",
+        "shape [2, 2, 2, 16]",
+    ),
+    (decode, dict(context_embedding=zeros(2, 1, 2, 11)), "context_embedding", "shape [B, L, R, E] = [2, 1, 2, 12]", "[2, 1, 2, 11]"),
+    (decode, dict(top_k=0), "top_k", "at least 1", "0"),
+    (decode, dict(chunk_size=0), "chunk_size", "at least 1", "0"),
+    (decode, dict(sink=zeros(5)), "sink", "shape [H] = [4]", "[5]"),
+    (decode, dict(scale=math.inf), "scale", "a finite number", "inf"),
+    (decode, dict(key_cache=zeros(9, 2, 16)), "key_cache", "rank 4 [B, M, Hkv, D]", "shape [9, 2, 16]"),
+    (decode, dict(key_cache=zeros(1, 9, 2, 16)), "key_cache", "shape [B, M, Hkv, D] = [2, 9, 2, 16]", "[1, 9, 2, 16]"),
+    (decode, dict(key_cache=zeros(2, 0, 2, 16)), "key_cache", "T <= L = 0", "T = 1"),
+    (decode, dict(value_cache=zeros(2, 8, 2, 16)), "value_cache", "shape [B, M, Hkv, D] = [2, 9, 2, 16]", "[2, 8, 2, 16]"),
+    (decode, dict(chunk_embedding=zeros(2, 3, 2, 12)), "chunk_embedding", "shape [B, M // S, R, E] = [2, 2, 2, 12]", "[2, 3, 2, 12]"),
+    (decode, dict(open_sum=zeros(2, 1, 2, 12)), "open_sum", "shape [B, R, E] = [2, 2, 12]", "[2, 1, 2, 12]"),
+    (decode, dict(history=zeros(2, 8, 12)), "history", "rank 4 [B, W, R, E]", "shape [2, 8, 12]"),
+    (decode, dict(history=zeros(2, 8, 2, 13)), "history", "shape [B, W, R, E] = [2, 8, 2, 12]", "[2, 8, 2, 13]"),
+    (decode, dict(lengths=zeros(3, dtype=I32)), "lengths", "shape [B] = [2]", "[3]"),
+    (decode, dict(key_cache=zeros(2, 9, 2, 16, dtype=F16)), "key_cache", "dtype float32 like query", "float16"),
+    (decode, dict(value_cache=zeros(2, 9, 2, 16, dtype=F64)), "value_cache", "dtype float32 like query", "float64"),
+    (
+        decode,
+        dict(chunk_embedding=zeros(2, 2, 2, 12, dtype=F16)),
+        "chunk_embedding",
+        "dtype float32 like query_embedding",
+        "float16",
+    ),
+    (decode, dict(open_sum=zeros(2, 2, 12, dtype=F64)), "open_sum", "dtype float32", "float64"),
+    (decode, dict(history=zeros(2, 8, 2, 12, dtype=F16)), "history", "dtype float32 like query_embedding", "float16"),
+    (decode, dict(lengths=zeros(2, dtype=torch.int64)), "lengths", "dtype int32", "int64"),
 ]  # fmt: skip
 
 VALUES = [
@@ -210,6 +259,20 @@ VALUES = [
         "cu_seqlens",
         "values that never decrease",
         "99 before 30",
+    ),
+    (
+        decode,
+        dict(lengths=cu(8, 9)),
+        "lengths",
+        "0 to M - 1 = 8, room for one more token",
+        "9 at [1]",
+    ),
+    (
+        decode,
+        dict(lengths=cu(-3, 0)),
+        "lengths",
+        "0 to M - 1 = 8, room for one more token",
+        "-3 at [0]",
     ),
 ]
 
@@ -239,8 +302,28 @@ def test_shapes_and_types(case):
         assert error_of(op, faked) == text
 
 
+STRIDED = [
+    ("key_cache", zeros(2, 9, 1, 16).expand(2, 9, 2, 16), "[144, 16, 0, 1]"),
+    ("history", zeros(2, 16, 2, 12)[:, ::2], "[384, 48, 12, 1]"),
+]
+
+
+@pytest.mark.parametrize(("argument", "tensor", "strides"), STRIDED)
+def test_what_is_written_in_place_is_contiguous(argument, tensor, strides):
+    op, arguments = decode(**{argument: tensor})
+    expected = "a contiguous tensor, as it is written in place"
+    text = f"resona::decode_step: {argument}: expected {expected}, got strides {strides}"
+    assert error_of(op, arguments) == text
+    with FakeTensorMode() as mode:
+        faked = {
+            k: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t
+            for k, t in arguments.items()
+        }
+        assert error_of(op, faked) == text
+
+
 @pytest.mark.parametrize("case", VALUES, ids=case_id)
-def test_values_of_cu_seqlens(case):
+def test_values(case):
     make, changes, argument, expected, got = case
     op, arguments = make(**changes)
     assert (

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "common/decode_problem.h"
 #include "common/problem.h"
 #include "ops/tensor.h"
 
@@ -23,6 +24,7 @@ class Backend {
   virtual void retrieve_backward(const RetrieveBackwardProblem&) const = 0;
   virtual void attend(const AttendProblem&) const = 0;
   virtual void attend_backward(const AttendBackwardProblem&) const = 0;
+  virtual void decode_step(const DecodeProblem&) const = 0;
 };
 
 std::unique_ptr<Backend> make_cpu_backend();

@@ -1,3 +1,4 @@
+#include "cpu/decode.h"
 #include "cpu/stages.h"
 #include "ops/backend.h"
 #include "ops/executor.h"
@@ -26,6 +27,9 @@ class CpuBackend final : public Backend {
   }
   void attend_backward(const AttendBackwardProblem& p) const override {
     cpu::attend_backward(p, plan_attend(p.forward.shape, p.forward.query.dtype, device_), executor_);
+  }
+  void decode_step(const DecodeProblem& p) const override {
+    cpu::decode_step(p, plan_attend(p.shape, p.query.dtype, device_), executor_);
   }
 
  private:

@@ -59,6 +59,11 @@ class CudaBackend final : public Backend {
         plan_attend_backward_cuda(f.shape, f.query.dtype, cuda_facts(vector_rows, f.packed),
                                   f.bias != nullptr, f.sink != nullptr, call_.device()));
   }
+  void decode_step(const DecodeProblem&) const override {
+    throw std::runtime_error(
+        "resona::decode_step: query: expected device cpu, as this version has no CUDA kernel for it, got "
+        "cuda");
+  }
 
  private:
   template <class Problem, class Plan>

@@ -194,6 +194,24 @@ void check_sink_and_scale(const Checker& check, const AttendArguments& a, const 
                   std::isnan(*a.scale) ? "nan" : (*a.scale > 0 ? "inf" : "-inf"));
 }
 
+// What is written in place cannot be made contiguous first.
+void check_in_place(const Checker& check, const char* argument, const Tensor& t, const Tensor& like) {
+  check.device(argument, t, like, "query");
+  std::vector<int64_t> strides;
+  for (int64_t i = 0; i < t.dim(); ++i) strides.push_back(t.stride(i));
+  check.require(t.is_contiguous(), argument, "a contiguous tensor, as it is written in place",
+                "strides " + text_of(strides));
+}
+
+void check_capacity(const Checker& check, const Tensor& lengths, int64_t capacity) {
+  const Tensor held = on_host(lengths);
+  const int32_t* length = static_cast<const int32_t*>(held.const_data_ptr());
+  for (int64_t b = 0; b < held.size(0); ++b)
+    check.require(length[b] >= 0 && length[b] < capacity, "lengths",
+                  "0 to M - 1 = " + std::to_string(capacity - 1) + ", room for one more token",
+                  std::to_string(length[b]) + " at " + text_of({b}));
+}
+
 }  // namespace
 
 void fail(const char* op, const std::string& argument, const std::string& expected, const std::string& got) {
@@ -332,6 +350,46 @@ Checked check_fused(const char* op, const AttendArguments& a, const Tensor& quer
   }
   check_sink_and_scale(check, a, s);
   return check_sequences(check, a.cu_seqlens, s, a.query, "query");
+}
+
+Shape check_decode(const char* op, const AttendArguments& a, const Tensor& query_embedding,
+                   const Tensor& context_embedding, int64_t top_k, const OptionalTensor& score_scale,
+                   const DecodeCache& cache) {
+  const Checker check{op};
+  const Checked checked = check_fused(op, a, query_embedding, context_embedding, top_k, score_scale);
+  Shape s = checked.shape;
+  check.require(s.queries == 1, "query", "T = 1, one new token per sequence", "shape " + shape_of(a.query));
+  check.require(s.context == 1, "key", "L = 1, one new token per sequence", "shape " + shape_of(a.key));
+
+  check.rank("key_cache", cache.key_cache, 4, "[B, M, Hkv, D]");
+  s.context = cache.key_cache.size(1);
+  check_lengths(check, "key_cache", s);
+  check.shape("key_cache", cache.key_cache, "[B, M, Hkv, D]", {s.batch, s.context, s.kv_heads, s.head_dim});
+  check.shape("value_cache", cache.value_cache, "[B, M, Hkv, D]",
+              {s.batch, s.context, s.kv_heads, s.head_dim});
+  check.shape("chunk_embedding", cache.chunk_embedding, "[B, M // S, R, E]",
+              {s.batch, s.context / s.chunk_size, s.retrieval_heads, s.retrieval_dim});
+  check.shape("open_sum", cache.open_sum, "[B, R, E]", {s.batch, s.retrieval_heads, s.retrieval_dim});
+  check.rank("history", cache.history, 4, "[B, W, R, E]");
+  check.shape("history", cache.history, "[B, W, R, E]",
+              {s.batch, cache.history.size(1), s.retrieval_heads, s.retrieval_dim});
+  check.shape("lengths", cache.lengths, "[B]", {s.batch});
+
+  check.dtype("key_cache", cache.key_cache, a.query.scalar_type(), "query");
+  check.dtype("value_cache", cache.value_cache, a.query.scalar_type(), "query");
+  check.dtype("chunk_embedding", cache.chunk_embedding, query_embedding.scalar_type(), "query_embedding");
+  check.exactly("open_sum", cache.open_sum, accumulation_type(query_embedding));
+  check.dtype("history", cache.history, query_embedding.scalar_type(), "query_embedding");
+  check.exactly("lengths", cache.lengths, ScalarType::Int);
+
+  check_in_place(check, "key_cache", cache.key_cache, a.query);
+  check_in_place(check, "value_cache", cache.value_cache, a.query);
+  check_in_place(check, "chunk_embedding", cache.chunk_embedding, a.query);
+  check_in_place(check, "open_sum", cache.open_sum, a.query);
+  check_in_place(check, "history", cache.history, a.query);
+  check_in_place(check, "lengths", cache.lengths, a.query);
+  if (checked.has_values) check_capacity(check, cache.lengths, s.context);
+  return s;
 }
 
 }  // namespace resona::ops

@@ -52,6 +52,21 @@ Checked check_attend(const char* op, const AttendArguments& a, const Tensor& ind
 Checked check_fused(const char* op, const AttendArguments& a, const Tensor& query_embedding,
                     const Tensor& context_embedding, int64_t top_k, const OptionalTensor& score_scale);
 
+// What a decode step appends to.
+struct DecodeCache {
+  const Tensor& key_cache;
+  const Tensor& value_cache;
+  const Tensor& chunk_embedding;
+  const Tensor& open_sum;
+  const Tensor& history;
+  const Tensor& lengths;
+};
+
+// T = 1 and L = M, the capacity of the cache.
+Shape check_decode(const char* op, const AttendArguments& a, const Tensor& query_embedding,
+                   const Tensor& context_embedding, int64_t top_k, const OptionalTensor& score_scale,
+                   const DecodeCache& cache);
+
 // Where values are looked at: every index must be -1 or a chunk wholly before its query.
 void check_index_values(const char* op, const Checked& checked, const Tensor& indices);
 

@@ -38,4 +38,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_retrieve_attend(
     const OptionalTensor& sink, const OptionalTensor& cu_seqlens, std::optional<double> scale,
     bool deterministic);
 
+// Appends to key_cache, value_cache, chunk_embedding, open_sum, history and lengths in place.
+std::tuple<Tensor, Tensor, Tensor, Tensor> decode_step(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_embedding,
+    const Tensor& context_embedding, const Tensor& key_cache, const Tensor& value_cache,
+    const Tensor& chunk_embedding, const Tensor& open_sum, const Tensor& history, const Tensor& lengths,
+    int64_t chunk_size, int64_t top_k, const OptionalTensor& score_scale, const OptionalTensor& sink,
+    std::optional<double> scale);
+
 }  // namespace resona::ops

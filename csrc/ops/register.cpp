@@ -20,6 +20,7 @@ void implement(Library& m) {
   m.impl("retrieve", TORCH_BOX(&resona::ops::retrieve));
   m.impl("attend", TORCH_BOX(&resona::ops::attend));
   m.impl("fused_retrieve_attend", TORCH_BOX(&resona::ops::fused_retrieve_attend));
+  m.impl("decode_step", TORCH_BOX(&resona::ops::decode_step));
   m.impl("_pool_chunks_backward", TORCH_BOX(&resona::ops::pool_chunks_backward));
   m.impl("_retrieve_backward", TORCH_BOX(&resona::ops::retrieve_backward));
   m.impl("_attend_backward", TORCH_BOX(&resona::ops::attend_backward));
@@ -43,6 +44,14 @@ STABLE_TORCH_LIBRARY(resona, m) {
       "fused_retrieve_attend(Tensor query, Tensor key, Tensor value, Tensor query_embedding, "
       "Tensor context_embedding, SymInt chunk_size, SymInt top_k, Tensor? score_scale=None, "
       "Tensor? sink=None, Tensor? cu_seqlens=None, *, float? scale=None, bool deterministic=False) "
+      "-> (Tensor out, Tensor lse, Tensor indices, Tensor scores)");
+
+  // One new token per sequence, appended in place; raw: no autograd, vmap or autocast
+  m.def(
+      "decode_step(Tensor query, Tensor key, Tensor value, Tensor query_embedding, Tensor context_embedding, "
+      "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) chunk_embedding, Tensor(d!) open_sum, "
+      "Tensor(e!) history, Tensor(f!) lengths, SymInt chunk_size, SymInt top_k, Tensor? score_scale=None, "
+      "Tensor? sink=None, *, float? scale=None) "
       "-> (Tensor out, Tensor lse, Tensor indices, Tensor scores)");
 
   m.def(

@@ -1,0 +1,115 @@
+"""The layer token by token: what `Resona.forward` does when it is given a cache.
+
+Functions of the layer rather than methods, so that `layer.py` stays the reading of the paper.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ._layer_parts import first_real_token, require, rms_norm, roll_rows, score_scale_and_sink
+from .cache import ChunkCache
+
+if TYPE_CHECKING:
+    from .layer import Resona
+
+
+def make_cache(
+    layer: Resona,
+    batch: int,
+    max_length: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    history: int | None,
+) -> ChunkCache:
+    weight = layer.k_proj.weight
+    device = torch.device(weight.device if device is None else device)
+    if dtype is None:
+        is_cast = torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device.type) if is_cast else weight.dtype
+    inclusive = layer.eligibility == "inclusive"
+    taps = max(layer.key_conv - 1, 0)
+    return ChunkCache(
+        batch,
+        max_length + int(inclusive),  # see `inclusive` of ChunkCache.prefill
+        layer.num_kv_heads,
+        layer.head_dim,
+        layer.retrieval_heads,
+        layer.retrieval_dim,
+        layer.chunk_size,
+        dtype,
+        device,
+        history,
+        carry_rows=taps,
+        carry_dim=layer.d_model if taps else 0,
+    )
+
+
+def check_cache(layer: Resona, cache: ChunkCache, x: Tensor, cu_seqlens: Tensor | None) -> None:
+    require(isinstance(cache, ChunkCache), "cache", "a ChunkCache", type(cache).__name__)
+    require(cu_seqlens is None, "cache", "None with cu_seqlens", "both")
+    expected = "None with a context encoder of your own, which it cannot run on parts of a chunk"
+    require(layer.encoders.is_pooled, "cache", expected, "a cache")
+    require(cache.batch == x.shape[0], "cache", f"of batch {x.shape[0]}", cache.batch)
+    taps = max(layer.key_conv - 1, 0)
+    settings = {"num_kv_heads", "head_dim", "retrieval_heads", "retrieval_dim", "chunk_size"}
+    wanted = {name: getattr(layer, name) for name in sorted(settings)}
+    wanted |= {"carry_rows": taps, "carry_dim": layer.d_model if taps else 0}
+    got = {name: getattr(cache, name) for name in wanted}
+    require(got == wanted, "cache", f"one of `make_cache` with {wanted}", got)
+
+
+def cached_branch(
+    layer: Resona, x: Tensor, e: Tensor, cache: ChunkCache, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """c [B, T, d] for tokens that follow those in the cache, and the rows with nothing eligible."""
+    if attention_mask is None:
+        return _append(layer, x, e, cache, None)
+    padding = first_real_token(attention_mask)
+    count = (attention_mask != 0).sum(dim=1)
+    x, e = roll_rows(x, padding), roll_rows(e, padding)
+    retrieved, is_empty = _append(layer, x, e, cache, count)
+    return roll_rows(retrieved, -padding), roll_rows(is_empty, -padding)
+
+
+def _append(
+    layer: Resona, x: Tensor, e: Tensor, cache: ChunkCache, count: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    position = cache.lengths.unsqueeze(1) + torch.arange(x.shape[1], device=x.device)
+    source = rms_norm(e) if layer.normalize_key_value else e
+    key_source, carry = source, None
+    if layer.key_conv_weight is not None:
+        key_source = _taps_after(cache, source, layer.key_conv_weight)
+        carry = source.to(cache.dtype) if cache.carry_rows else None
+    query, key, value, query_embedding = layer._project(x, key_source, source, position, position)
+    context = rms_norm(e) if layer.normalize_embeddings else e
+    arguments = (
+        query,
+        key,
+        value,
+        query_embedding,
+        layer.encoders.context_embedding(context, layer.q_proj.weight),
+    )
+    score_scale, sink = score_scale_and_sink(layer, query.dtype)
+    inclusive = layer.eligibility == "inclusive"
+    settings = {"top_k": layer.top_k, "score_scale": score_scale, "sink": sink, "carry": carry}
+    if x.shape[1] == 1 and count is None and not inclusive:
+        out, aux = cache.step(*arguments, **settings, return_aux=True)
+    else:
+        settings |= {"lengths": count, "inclusive": inclusive}
+        out, aux = cache.prefill(*arguments, **settings, return_aux=True)
+    return layer._output(out), aux.indices[:, :, 0, 0] < 0
+
+
+def _taps_after(cache: ChunkCache, source: Tensor, weight: Tensor) -> Tensor:
+    """`causal_taps` for rows that follow those that the cache carries."""
+    taps, rows = weight.shape[0], source.shape[1]
+    known = torch.cat([cache.carried().to(source.dtype), source], dim=1) if taps > 1 else source
+    out = source * weight[0]
+    for distance in range(1, taps):
+        begin = taps - 1 - distance
+        out = out + weight[distance] * known[:, begin : begin + rows]
+    return out
