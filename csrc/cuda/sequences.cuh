@@ -96,6 +96,7 @@ __device__ __forceinline__ QueryPlace place_of_query(const PackedSequences& s, i
                                                      int64_t context, int64_t chunk_size, int64_t chunks) {
   int64_t token_begin = 0, position = query + context - queries, first = 0, end = chunks;
   if (s.cu_seqlens) {
+    if (s.count == 0) return {0, 0, 0};
     int64_t low = 0, high = s.count;  // the last sequence that begins at or before the query
     while (low + 1 < high) {
       const int64_t middle = (low + high) / 2;

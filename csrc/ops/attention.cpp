@@ -39,7 +39,7 @@ std::vector<int64_t> lse_shape(const Shape& s) { return {s.batch, s.queries, s.h
 
 }  // namespace
 
-// `deterministic` changes nothing on the CPU: every result has one owner.
+// `deterministic` changes nothing: on both devices every sum has one owner and one order.
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
                                   const Tensor& indices, int64_t chunk_size, const OptionalTensor& bias,
                                   const OptionalTensor& sink, const OptionalTensor& cu_seqlens,

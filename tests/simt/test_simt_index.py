@@ -135,6 +135,18 @@ def test_wrong_cu_seqlens_reach_no_foreign_memory(race):
         case.check(race, ANY)
 
 
+def test_no_sequence_at_all(race):
+    """cu_seqlens of one entry and tokens nonetheless: no query has a past."""
+    case = index_case(random_indices(1, 40, 1, 3, 12), 40, 4, [40])
+    case.inputs["cu_seqlens"] = np.zeros(1, np.int32)
+    case.inputs["chunk_begin"] = np.zeros(1, np.int32)
+    case.scalars["sequences"] = 0
+    case.workspace |= {name: array for name, array in case.expected.items() if name != "position"}
+    case.workspace["items"] = np.empty((500, 2), np.int64)
+    case.expected = {"position": np.full_like(case.expected["position"], -1)}
+    case.check(race, ANY)
+
+
 def covering():
     return [
         index_case(random_indices(1, 530, 2, 4, 9), 536, 64, name="two tiles"),
