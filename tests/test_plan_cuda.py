@@ -119,14 +119,15 @@ def test_segments_grow_with_the_root_of_the_queries(queries, segment):
 
 # chunk_size, top_k, changes -> how candidates are found: slots per lane, passes, splits, queries in registers
 SEARCHES = [
-    (64, 2, {}, (1, 1, 2, 1)),
-    (64, 8, {}, (3, 1, 2, 1)),
-    (64, 16, {}, (5, 1, 2, 1)),
-    (64, 17, {}, (5, 2, 2, 0)),
-    (64, 100, {}, (5, 6, 2, 0)),
-    (64, 8, {"queries": 256}, (3, 1, 1, 1)),  # 256 chunks: four steps, too few to split
+    (64, 2, {}, (1, 1, 1, 1)),  # 256 chunks: four steps, which is as few as a block should have
+    (64, 8, {}, (3, 1, 1, 1)),
+    (64, 16, {}, (5, 1, 1, 1)),
+    (64, 17, {}, (5, 2, 1, 0)),
+    (64, 100, {}, (5, 6, 1, 0)),
+    (16, 8, {}, (3, 1, 2, 1)),  # 128 tiles of queries for 264 blocks
     (1, 8, {"queries": 256}, (3, 1, 8, 1)),
-    (64, 8, {"batch": 8}, (3, 1, 1, 1)),
+    (1, 100, {"queries": 256}, (5, 6, 2, 0)),  # what a row's candidates leave room for
+    (16, 8, {"batch": 8}, (3, 1, 1, 1)),
     (64, 8, {"retrieval_dim": 129}, (3, 1, 1, 0)),
     (64, 8, {"dtype": "float32"}, (3, 1, 1, 0)),
     (8192, 100, {}, (1, 1, 1, 1)),  # two chunks: k can be no more
@@ -136,9 +137,7 @@ SEARCHES = [
 @pytest.mark.parametrize("chunk_size, top_k, changes, expected", SEARCHES)
 def test_search(chunk_size, top_k, changes, expected):
     p = parameters("search", chunk_size=chunk_size, top_k=top_k, **changes)
-    found = p["bag_per_lane"], p["passes"], p["splits"], p["pinned"]
-    assert (found[0], found[1], found[3]) == (expected[0], expected[1], expected[3])
-    assert found[2] == expected[2] or "queries" not in changes
+    assert (p["bag_per_lane"], p["passes"], p["splits"], p["pinned"]) == expected
 
 
 def kernel_of(stage, **changes):

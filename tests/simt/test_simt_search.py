@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import harness
 import numpy as np
@@ -34,6 +35,13 @@ def strides(name: str, x: torch.Tensor) -> dict[str, int]:
     }
 
 
+def plan_facts(inputs, scalars) -> list[int]:
+    """Bytes of workspace, whether queries are pinned, slots per lane."""
+    facts = np.zeros(3, np.int64)
+    harness.build("plain").run("search_plan", inputs, {"facts": facts}, **scalars)
+    return facts.tolist()
+
+
 def search_case(
     query, context, chunk_size, top_k, lengths=None, name="search", chunks=None, sms=1, **plan
 ) -> Case:
@@ -59,15 +67,14 @@ def search_case(
         **{"context": context_length, "chunk_size": chunk_size, "top_k": top_k},
         **{"dtype": name_of(query.dtype), "sequences": len(lengths or []), "sms": sms, **plan},
     }
-    size = np.zeros(1, np.int64)
-    harness.build("plain").run("search_workspace", inputs, {"bytes": size}, **scalars)
+    facts = plan_facts(inputs, scalars)
     shape = "x".join(map(str, query.shape))
     return Case(
         name=f"{name} {name_of(query.dtype)} {shape} S={chunk_size} k={top_k} {lengths or ''} {plan or ''}",
         kernel="search",
         inputs=inputs,
         expected={"indices": indices.numpy(), "scores": scores.numpy()},
-        workspace={"workspace": np.empty(int(size[0]), np.uint8)},
+        workspace={"workspace": np.empty(facts[0], np.uint8)},
         scalars=scalars,
     )
 
@@ -113,15 +120,6 @@ def nearly_tying(queries, count, dim, dtype) -> tuple[torch.Tensor, torch.Tensor
 DATA = {f.__name__: f for f in (random, tying, all_equal, permuted, zipf)}
 
 
-def test_covers_every_instance():
-    """The plan reaches each of search.cuh's instances on the shapes below."""
-    text = (harness.ROOT / "csrc/cuda/search.cuh").read_text()
-    instances = {
-        line.split("(")[1].split(")")[0] for line in text.splitlines() if line.startswith("  X(")
-    }
-    assert len(instances) == 15
-
-
 SIZES = [1, 2, 3, 5, 8, 16, 37, 64, 128]
 TOP_K = [1, 2, 4, 8, 16, 24]
 DIMS = [16, 40, 64, 128, 256, 768]
@@ -145,6 +143,20 @@ def test_equals_the_cpu(plain, dtype, dim, chunk_size):
             search_case(tokens, tokens.flip(1), chunk_size, top_k, packed, data.__name__).check(
                 plain, ANY
             )
+
+
+def test_those_problems_reach_every_instance():
+    """The instances that the plan picks for them are all that search.cuh has."""
+    text = (harness.ROOT / "csrc/cuda/search.cuh").read_text()
+    listed = set(re.findall(r"X\((\w+), (true|false), (\d)\)", text))
+    elements = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+    reached = set()
+    for dtype, dim, top_k in itertools.product(DTYPES, DIMS, TOP_K):
+        context = random(1, 30, 1, dim, dtype=dtype)
+        case = search_case(context, context, 1, top_k)
+        _, pinned, per_lane = plan_facts(case.inputs, case.scalars)
+        reached.add((elements[dtype], "true" if pinned else "false", str(per_lane)))
+    assert reached == listed
 
 
 @pytest.mark.parametrize("data", DATA.values(), ids=DATA)

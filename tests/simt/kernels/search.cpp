@@ -49,8 +49,10 @@ RetrieveProblem problem_of(const simt::Arguments& a) {
   return p;
 }
 
-void run_workspace(const simt::Arguments& a) {
-  *a.array<int64_t>("bytes") = plan_of(a, problem_of(a)).workspace_bytes;
+void run_plan(const simt::Arguments& a) {
+  const CudaSearchPlan plan = plan_of(a, problem_of(a));
+  int64_t* facts = a.array<int64_t>("facts");
+  facts[0] = plan.workspace_bytes, facts[1] = plan.pinned, facts[2] = plan.bag_per_lane;
 }
 
 void run_search(const simt::Arguments& a) {
@@ -59,6 +61,6 @@ void run_search(const simt::Arguments& a) {
   cuda::retrieve(p, plan_of(a, p), a.array<uint8_t>("workspace"), {});
 }
 
-const simt::Registration registrations[] = {{"search", run_search}, {"search_workspace", run_workspace}};
+const simt::Registration registrations[] = {{"search", run_search}, {"search_plan", run_plan}};
 
 }  // namespace
