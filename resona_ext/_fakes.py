@@ -104,6 +104,17 @@ def _attend_backward(
     )
 
 
+def _attended_and_retrieved(s, query, query_embedding, top_k):
+    """out, lse, indices, scores."""
+    slots = (*query.shape[:2], s.retrieval_heads, top_k)
+    return (
+        query.new_empty(query.shape),
+        query.new_empty(query.shape[:3], dtype=accumulation_dtype(query)),
+        query.new_empty(slots, dtype=torch.int32),
+        query.new_empty(slots, dtype=accumulation_dtype(query_embedding)),
+    )
+
+
 def _fused_retrieve_attend(
     query,
     key,
@@ -133,13 +144,7 @@ def _fused_retrieve_attend(
         cu_seqlens,
         scale,
     )
-    slots = (s.batch, s.queries, s.retrieval_heads, top_k)
-    return (
-        query.new_empty(query.shape),
-        query.new_empty(query.shape[:3], dtype=accumulation_dtype(query)),
-        query.new_empty(slots, dtype=torch.int32),
-        query.new_empty(slots, dtype=accumulation_dtype(query_embedding)),
-    )
+    return _attended_and_retrieved(s, query, query_embedding, top_k)
 
 
 def _decode_step(
@@ -180,13 +185,7 @@ def _decode_step(
         sink,
         scale,
     )
-    slots = (s.batch, 1, s.retrieval_heads, top_k)
-    return (
-        query.new_empty(query.shape),
-        query.new_empty(query.shape[:3], dtype=accumulation_dtype(query)),
-        query.new_empty(slots, dtype=torch.int32),
-        query.new_empty(slots, dtype=accumulation_dtype(query_embedding)),
-    )
+    return _attended_and_retrieved(s, query, query_embedding, top_k)
 
 
 def register() -> None:
