@@ -31,7 +31,6 @@ from benchmarks.kernels.baselines import Checkouts, all_baselines, flex, plain
 from benchmarks.kernels.data import Case
 from benchmarks.kernels.shapes import PATTERNS, SUITES, TINY, Shape
 from resona_ext import reference
-from resona_ext.cli.demo.recurrence import linear_recurrence
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = "sdpa,sdpa-math,torch,gather,gather-whole"  # flex compiles for ten seconds
@@ -245,26 +244,49 @@ def test_flex_uses_the_same_mask(monkeypatch):
     torch.testing.assert_close(out, case.selected_attention())
 
 
-@pytest.mark.parametrize("steps", [1, 16, 50])
-def test_blockwise_recurrence_is_the_recurrence(steps):
-    query, key, value = torch.randn(3, 2, 2, steps, 4).unbind()
-    log_decay = torch.nn.functional.logsigmoid(torch.randn(2, 2, steps) + 2)
-    got = layer.blockwise(query, key, value, log_decay, block=16)
-    torch.testing.assert_close(got, linear_recurrence(query, key, value, log_decay))
-
-
 def test_block_check_catches_a_look_ahead():
     case = Case("layer-forward", replace(TINY, length=64))
     block = layer.make_block(case, is_augmented=True)
     call, check = layer.forward(block, case)
     assert check(call()).passed
-    block.mixer = torch.nn.Sequential(block.mixer, _MeanOverTokens())
+    block.mixer.register_forward_hook(lambda module, inputs, y: y + y.mean(dim=1, keepdim=True))
     assert not check(call()).passed
 
 
-class _MeanOverTokens(torch.nn.Module):
-    def forward(self, x):
-        return x + x.mean(dim=1, keepdim=True)
+def test_decoding_check_catches_a_forgotten_token():
+    case = Case("layer-decode", replace(TINY, length=64))
+    block = layer.make_block(case, is_augmented=True)
+    with torch.no_grad():
+        call, check = layer.decode(block, case)
+        call()
+        assert check(call()).passed
+        call.cache.key.zero_()
+        assert not check(call()).passed
+
+
+def test_decoding_goes_on_beyond_the_room(monkeypatch):
+    monkeypatch.setattr(layer, "ROOM", 3)
+    case = Case("layer-decode", replace(TINY, length=60))
+    with torch.no_grad():
+        call, _ = layer.decode(layer.make_block(case, is_augmented=True), case)
+        for _ in range(20):
+            assert call().isfinite().all()
+    assert call.cache.get_seq_length() <= 63
+
+
+def test_layer_operators_say_what_is_missing(monkeypatch, tmp_path):
+    operator = replace(operators.OPERATORS["layer-forward"], missing=lambda device: "no mixer")
+    monkeypatch.setitem(operators.OPERATORS, "layer-forward", operator)
+    status, record = run_smoke(tmp_path / "run", "layer-forward")
+    (row,) = record["rows"].values()
+    assert (status, row["status"], row["reason"]) == (0, "skipped", "no mixer")
+
+
+def test_decode_step_finds_the_cache_as_it_was():
+    case = Case("decode", replace(TINY, length=203, queries=1))
+    step = operators.DecodeStep(case)
+    assert torch.equal(step(), step())
+    assert truth.check_forward(case, step(), "whole").passed
 
 
 def test_gpu_only_baselines_say_why_they_are_missing():

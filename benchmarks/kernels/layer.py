@@ -1,7 +1,7 @@
-"""A recurrent block with and without Resona: what retrieval costs where it is used.
+"""A Mamba-2 block with and without Resona: what retrieval costs where it is used.
 
-The mixer is the first of these that can be used, and the record says which: mamba_ssm's Mamba-2 (GPU),
-the Mamba-2 of transformers, or a small gated linear recurrence of ours, in linear time.
+The mixer is mamba_ssm's on a GPU where it is installed, else the one of transformers; the record says
+which. Without either the layer operators are skipped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from resona_ext import Resona
-from resona_ext.cli.demo.recurrence import LinearRecurrence, linear_recurrence
 
 from .baselines import importable
 from .data import Case
@@ -21,49 +20,71 @@ from .timer import Call
 from .truth import TOLERANCE, Check, relative_error
 
 PREFIX = 256  # tokens of the check, at most
+ROOM = 1024  # tokens that decoding appends before it starts over
 
 
-class BlockwiseRecurrence(LinearRecurrence):
-    """The demo's recurrence in linear time: quadratic inside blocks, a carried state between them."""
+class Transformers(nn.Module):
+    """Mamba-2 of transformers, in plain PyTorch where its kernels are not installed."""
 
-    BLOCK = 128
+    label = "Mamba-2 of transformers"
 
-    def recur(self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Tensor:
-        return blockwise(query, key, value, log_decay, self.BLOCK)
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        mamba = importable("transformers.models.mamba2.modeling_mamba2").Mamba2Mixer
+        self.config = importable("transformers").Mamba2Config(
+            hidden_size=width,
+            num_heads=heads,
+            head_dim=2 * width // heads,
+            n_groups=1,
+            num_hidden_layers=1,
+        )
+        self.mixer = mamba(self.config, layer_idx=0)
 
+    def forward(self, x: Tensor, state: object = None) -> Tensor:
+        return self.mixer(x, cache_params=state)
 
-def blockwise(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, block: int) -> Tensor:
-    """linear_recurrence(query, key, value, log_decay), block by block. [B, H, T, D] -> [B, H, T, D]."""
-    steps = query.shape[2]
-    missing = -steps % block
-    pad = lambda x: nn.functional.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, block))  # noqa: E731
-    query, key, value = pad(query), pad(key), pad(value)
-    log_decay = nn.functional.pad(log_decay, (0, missing)).unflatten(2, (-1, block))
-    total = log_decay.cumsum(dim=-1).unsqueeze(-1)  # log of the decay since the block's start
-    to_end = (total[..., -1:, :] - total).exp()
-    added = (key * to_end).transpose(-1, -2) @ value  # [B, H, blocks, D, D]
-    kept = total[..., -1:, :].exp()
-    states = [torch.zeros_like(added[:, :, 0])]
-    for n in range(added.shape[2] - 1):
-        states.append(kept[:, :, n] * states[-1] + added[:, :, n])
-    before = torch.stack(states, dim=2)
-    out = linear_recurrence(query, key, value, log_decay) + (query * total.exp()) @ before
-    return out.flatten(2, 3)[:, :, :steps]
+    def start(self, batch: int, length: int) -> object:
+        return importable("transformers").DynamicCache(config=self.config)
 
 
-def make_mixer(width: int, heads: int, device: str) -> tuple[nn.Module, str]:
-    """A mixer and what it is, in words."""
+class MambaSsm(nn.Module):
+    """Mamba-2 of mamba_ssm, whose kernels want a GPU."""
+
+    label = "Mamba-2 of mamba_ssm"
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        mamba = importable("mamba_ssm").Mamba2
+        self.mixer = mamba(d_model=width, headdim=2 * width // heads, layer_idx=0)
+
+    def forward(self, x: Tensor, state: object = None) -> Tensor:
+        out = self.mixer(x, inference_params=state)
+        if state is not None:
+            state.seqlen_offset += x.shape[1]
+        return out
+
+    def start(self, batch: int, length: int) -> object:
+        parameters = importable("mamba_ssm.utils.generation").InferenceParams
+        return parameters(max_seqlen=length, max_batch_size=batch)
+
+
+def missing(device: str) -> str | None:
+    """Why there is no mixer to be had, or None."""
     with suppress(ImportError):
         if device == "cuda":
-            mamba = importable("mamba_ssm").Mamba2
-            return mamba(d_model=width, headdim=2 * width // heads), "Mamba-2 of mamba_ssm"
+            importable("mamba_ssm")
+            return None
     with suppress(ImportError):
-        mamba = importable("transformers.models.mamba2.modeling_mamba2").Mamba2Mixer
-        config = importable("transformers").Mamba2Config(
-            hidden_size=width, num_heads=heads, head_dim=2 * width // heads, n_groups=1
-        )
-        return mamba(config, layer_idx=0), "Mamba-2 of transformers"
-    return BlockwiseRecurrence(width, heads), "gated linear recurrence of this repository"
+        importable("transformers.models.mamba2.modeling_mamba2")
+        return None
+    return "neither mamba_ssm (GPU) nor transformers can be imported"
+
+
+def make_mixer(width: int, heads: int, device: str) -> nn.Module:
+    with suppress(ImportError):
+        if device == "cuda":
+            return MambaSsm(width, heads)
+    return Transformers(width, heads)
 
 
 class Block(nn.Module):
@@ -74,7 +95,7 @@ class Block(nn.Module):
         s = case.shape
         width = s.heads * s.head_dim
         self.norm = nn.RMSNorm(width)
-        self.mixer, self.mixer_name = make_mixer(width, s.heads, case.device)
+        self.mixer = make_mixer(width, s.heads, case.device)
         self.resona = (
             Resona(
                 width,
@@ -88,11 +109,13 @@ class Block(nn.Module):
             else None
         )
 
-    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, embeddings: Tensor, state: object = None, cache: object = None
+    ) -> Tensor:
         x = self.norm(hidden)
-        y = self.mixer(x)
+        y = self.mixer(x, state)
         if self.resona is not None:
-            y = self.resona(x, embeddings, y)
+            y = self.resona(x, embeddings, y, cache=cache)
         return hidden + y
 
 
@@ -102,9 +125,9 @@ def make_block(case: Case, is_augmented: bool) -> Block:
         return Block(case, is_augmented).to(case.device, case.dtype)
 
 
-def _inputs(case: Case) -> tuple[Tensor, Tensor]:
+def _inputs(case: Case, more: int = 0) -> tuple[Tensor, Tensor]:
     s = case.shape
-    sizes = (s.batch, s.length, s.heads * s.head_dim)
+    sizes = (s.batch, s.length + more, s.heads * s.head_dim)
     return case.place(case.random(9, *sizes)), case.place(case.random(10, *sizes))
 
 
@@ -130,6 +153,47 @@ def step(block: Block, case: Case) -> tuple[Call, Callable[[tuple], Check]]:
         return _check(block, case, out) if finite else Check(float("inf"), 0.0)
 
     return call, check
+
+
+class Decoding:
+    """One more token after the context, every call; after ROOM tokens the cache goes back to the context."""
+
+    def __init__(self, block: Block, case: Case):
+        s = case.shape
+        hidden, embeddings = _inputs(case, more=1)
+        self.block, self.context = block, (hidden[:, :-1], embeddings[:, :-1])
+        self.token = hidden[:, -1:], embeddings[:, -1:]
+        self.calls = 0
+        self.state = block.mixer.start(s.batch, s.length + ROOM)
+        self.cache = None
+        if block.resona is not None:
+            self.cache = block.resona.make_cache(s.batch, s.length + ROOM)
+        block(*self.context, self.state, self.cache)
+        # The mixer's state is of one size and time however much it has seen; it just goes on.
+        self.border = s.length // s.chunk_size * s.chunk_size
+
+    def __call__(self) -> Tensor:
+        if self.cache is not None and self.cache.get_seq_length() == self.cache.max_length:
+            self.cache.crop(self.border)
+        self.calls += 1
+        return self.block(*self.token, self.state, self.cache)
+
+    def check(self, out: Tensor, tolerance: float) -> Check:
+        """Of the last call: what a forward over everything so far gives the last token."""
+        new = (token.expand(-1, self.calls, -1) for token in self.token)
+        whole = (torch.cat(pair, dim=1) for pair in zip(self.context, new, strict=True))
+        return Check(relative_error(out, self.block(*whole)[:, -1:].double()), tolerance)
+
+
+def decode(block: Block, case: Case) -> tuple[Call, Callable[[Tensor], Check]]:
+    with torch.no_grad():
+        decoding = Decoding(block.eval(), case)
+
+    def check(out: Tensor) -> Check:
+        with torch.no_grad():
+            return decoding.check(out, TOLERANCE[case.dtype_name])
+
+    return decoding, check
 
 
 def _check(block: Block, case: Case, out: Tensor) -> Check:

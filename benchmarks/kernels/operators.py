@@ -3,10 +3,9 @@
 pool, search, attend   one stage each, through the public operators
 fused                  the whole forward; "stages" is the same as three calls
 backward               gradients of query, key and value; the forward is outside the timer
-decode                 one new query against the whole context. There is no decode operator yet, so
-                       this is the fused one with T = 1: it pools the context anew for every token.
-                       "kept-chunks" searches chunk embeddings that were kept, as a cache would.
-layer-forward, -train  a recurrent block with and without Resona
+decode                 one new token: decode_step appends it to a cache and attends. "no-cache" is the fused
+                       operator with T = 1, which pools the context anew for every token.
+layer-forward, -train, -decode   a Mamba-2 block with and without Resona
 
 The index and the merge of partial results are inside attend and cannot be timed apart from here.
 """
@@ -44,6 +43,7 @@ class Operator:
     name: str
     ours: Callable[[Case], Iterator[Contender]]
     theirs: Callable[[Case, Baseline, Checkouts], Contender] | None
+    missing: Callable[[str], str | None] = lambda device: None  # why it cannot run on a device
 
 
 class Uncaptured:
@@ -56,6 +56,32 @@ class Uncaptured:
 
     def __call__(self) -> object:
         return self.function()
+
+
+class DecodeStep:
+    """The last token of the context, appended to a cache that holds the others.
+
+    Every call finds the cache as the first one did: the length and the sum of the open chunk, which a
+    step changes, are put back inside the timer. Everything else it writes is the same every time.
+    """
+
+    def __init__(self, case: Case):
+        s = case.shape
+        before = s.length - 1
+        open_chunk = case.context_embedding[:, before // s.chunk_size * s.chunk_size : before]
+        self.open_sum = open_chunk.float().sum(dim=1)
+        self.lengths = torch.full((s.batch,), before, dtype=torch.int32, device=case.device)
+        self.state = (self.open_sum.clone(), self.lengths.clone())
+        key, value, embedding = case.key.clone(), case.value.clone(), case.context_embedding
+        token = (case.query, key[:, -1:], value[:, -1:], case.query_embedding, embedding[:, -1:])
+        history = embedding.new_empty(s.batch, 0, *embedding.shape[2:])
+        cache = (key, value, case.chunk_embedding.clone(), self.state[0], history, self.state[1])
+        self.arguments = (*token, *cache, s.chunk_size, s.top_k)
+
+    def __call__(self) -> Tensor:
+        self.state[0].copy_(self.open_sum)
+        self.state[1].copy_(self.lengths)
+        return torch.ops.resona.decode_step(*self.arguments)[0]
 
 
 def _no_grad(function: Call) -> Call:
@@ -169,9 +195,8 @@ def _fused_contenders(case: Case) -> Iterator[Contender]:
 
 
 def _decode(case: Case) -> Iterator[Contender]:
-    yield _forward(case, OURS, _fused_call(case), "whole", _stages(case))
-    kept = _no_grad(lambda: _search_and_attend(case, case.chunk_embedding))
-    yield _forward(case, "kept-chunks", kept, "whole", _stages(case)[1:])
+    yield _forward(case, OURS, _no_grad(DecodeStep(case)), "whole", _stages(case)[1:])
+    yield _forward(case, "no-cache", _fused_call(case), "whole", _stages(case))
 
 
 def _other_forward(case: Case, baseline: Baseline, checkouts: Checkouts) -> Contender:
@@ -236,13 +261,13 @@ def _other_backward(case: Case, baseline: Baseline, checkouts: Checkouts) -> Con
 # --- layer ----------------------------------------------------------------------------------------
 
 
-def _layer(training: bool) -> Callable[[Case], Iterator[Contender]]:
+def _layer(make: Callable, training: bool = False) -> Callable[[Case], Iterator[Contender]]:
     def contenders(case: Case) -> Iterator[Contender]:
         for name, is_augmented in ((OURS, True), ("plain", False)):
             block = layer.make_block(case, is_augmented)
-            call, check = layer.step(block, case) if training else layer.forward(block, case)
-            call = Uncaptured(call) if training else _no_grad(call)
-            yield Contender(name, "layer", call, check, note=block.mixer_name)
+            call, check = make(block, case)
+            call = Uncaptured(call if training else _no_grad(call))
+            yield Contender(name, "layer", call, check, note=block.mixer.label)
 
     return contenders
 
@@ -256,7 +281,8 @@ OPERATORS = {
         Operator("fused", _fused_contenders, _other_forward),
         Operator("backward", _backward, _other_backward),
         Operator("decode", _decode, _other_forward),
-        Operator("layer-forward", _layer(training=False), None),
-        Operator("layer-train", _layer(training=True), None),
+        Operator("layer-forward", _layer(layer.forward), None, layer.missing),
+        Operator("layer-train", _layer(layer.step, training=True), None, layer.missing),
+        Operator("layer-decode", _layer(layer.decode), None, layer.missing),
     )
 }

@@ -121,6 +121,10 @@ class Runner:
     ) -> Iterator[tuple[str, Callable[[], Contender]]]:
         """Names and makers of all that take part; the others leave a row that says why not."""
         operator = OPERATORS[case.operator]
+        reason = operator.missing(case.device)
+        if reason is not None:
+            rows[OURS] = self._row(case, OURS) | {"status": "skipped", "reason": reason}
+            return
         try:
             ours = list(operator.ours(case))
         except Exception as error:

@@ -82,6 +82,7 @@ CPU_SUITE = (
     Sweep("decode", (4096, 16384, 65536), ONE_QUERY),
     Sweep("layer-forward", (1024, 4096, 16384), CPU),
     Sweep("layer-train", (1024, 4096, 16384), CPU),
+    Sweep("layer-decode", (1024, 4096, 16384), CPU),
 )
 
 GPU = Shape(length=0, heads=16, kv_heads=16, head_dim=128, retrieval_dim=128)
@@ -107,6 +108,7 @@ GPU_SUITE = (
     Sweep("decode", (16384, 65536, 262144, 1048576), replace(GPU, queries=1), BF16),
     Sweep("layer-forward", (1024, 4096, 16384), replace(GPU, head_dim=64), BF16),
     Sweep("layer-train", (1024, 4096, 16384), replace(GPU, head_dim=64), BF16),
+    Sweep("layer-decode", (4096, 65536), replace(GPU, head_dim=64), BF16),
 )
 
 # Frozen: continuous integration runs it for function, never for time. Odd sizes on purpose.
@@ -122,6 +124,7 @@ SMOKE_SUITE = (
     Sweep("decode", (203,), replace(TINY, queries=1)),
     Sweep("layer-forward", (203,), TINY),
     Sweep("layer-train", (203,), TINY),
+    Sweep("layer-decode", (203,), TINY),
 )
 
 SUITES = {"cpu": CPU_SUITE, "cuda": GPU_SUITE, "smoke": SMOKE_SUITE}
