@@ -7,7 +7,7 @@ BIN := .venv/bin
 CUDA_TOOLKIT := build/cuda-toolkit
 SETTINGS := $(PYTHON) $(RESONA_USE_CUDA) $(RESONA_PYBIND) $(CMAKE_ARGS) $(TORCH_CUDA_ARCH_LIST) \
   $(CUDACXX) $(CUDA_HOME) $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_TOOLKIT)/.ready)
-CPP := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.inc'
+CPP := find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.inc'
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml resona_ext/version.py
 
 .DEFAULT_GOAL := help

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where it can be used")
     add("--smoke", action="store_true", help="a tiny frozen suite, for function, not for time")
     add("--max-length", type=int, metavar="N", help="leave out longer contexts")
+    add("--lengths", metavar="A,B", help="only contexts of these lengths")
     add("--dtypes", metavar="A,B", help=f"only these of {_names(shapes.DTYPES)}")
     add("--patterns", metavar="A,B", help=f"only these of {_names(shapes.PATTERNS)}")
     add("--baselines", metavar="A,B", help='only these, "none" for none; default: all there are')
@@ -153,12 +155,13 @@ def _sweeps(arguments: argparse.Namespace, scale: str) -> list[shapes.Sweep]:
     operators = arguments.operators or tuple(OPERATORS)
     dtypes = _chosen("--dtypes", arguments.dtypes, shapes.DTYPES)
     patterns = _chosen("--patterns", arguments.patterns, shapes.PATTERNS)
+    limit = math.inf if arguments.max_length is None else arguments.max_length
+    only = arguments.lengths and arguments.lengths.split(",")
     sweeps = []
     for sweep in shapes.SUITES[scale]:
-        limit = arguments.max_length
         kept = replace(
             sweep,
-            lengths=tuple(n for n in sweep.lengths if limit is None or n <= limit),
+            lengths=tuple(n for n in sweep.lengths if n <= limit and (not only or str(n) in only)),
             dtypes=tuple(d for d in sweep.dtypes if d in dtypes),
             patterns=tuple(p for p in sweep.patterns if p in patterns),
         )
