@@ -58,9 +58,10 @@ def generate(task: Task, examples: int, generator: torch.Generator) -> Batch:
     """
     check(task)
     half = task.vocabulary // 2
-    keys = 1 + _distinct(examples, torch.zeros(half - 1), task.pairs, generator)
-    values = half + _distinct(examples, torch.zeros(task.vocabulary - half), task.pairs, generator)
-    slots = _distinct(examples, slot_probabilities(task).log(), task.pairs, generator)
+    keys = 1 + draw_distinct(examples, half - 1, task.pairs, generator)
+    values = half + draw_distinct(examples, task.vocabulary - half, task.pairs, generator)
+    probability = slot_probabilities(task)
+    slots = draw_distinct(examples, len(probability), task.pairs, generator, probability)
 
     context = 2 * task.pairs
     tokens = torch.full((examples, task.length), FILLER)
@@ -71,9 +72,15 @@ def generate(task: Task, examples: int, generator: torch.Generator) -> Batch:
     return Batch(tokens.scatter(1, position, keys), labels.scatter(1, position, values))
 
 
-def _distinct(examples: int, log_weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw `count` items without replacement, in order: the largest log weights + Gumbel noise."""
-    uniform = torch.rand(
-        examples, log_weight.shape[0], dtype=torch.float64, generator=generator
-    ).clamp_min(torch.finfo(torch.float64).tiny)
-    return (log_weight - (-uniform.log()).log()).topk(count).indices
+def draw_distinct(
+    examples: int, items: int, count: int, generator: torch.Generator, weight: Tensor | None = None
+) -> Tensor:
+    """Draw `count` of `items` without replacement, in order: [examples, count].
+
+    By weight, if given: the largest log weights + Gumbel noise. Equal weights need no logarithm.
+    """
+    uniform = torch.rand(examples, items, dtype=torch.float64, generator=generator)
+    if weight is None:
+        return uniform.topk(count).indices
+    uniform = uniform.clamp_min(torch.finfo(torch.float64).tiny)
+    return (weight.log() - (-uniform.log()).log()).topk(count).indices
