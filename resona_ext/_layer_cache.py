@@ -25,11 +25,9 @@ def make_cache(
     device: torch.device | str | None,
     history: int | None,
 ) -> ChunkCache:
-    weight = layer.k_proj.weight
-    device = torch.device(weight.device if device is None else device)
+    device = torch.device(layer.k_proj.weight.device if device is None else device)
     if dtype is None:
-        is_cast = torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device.type) if is_cast else weight.dtype
+        dtype = cache_dtype(layer, device)
     inclusive = layer.eligibility == "inclusive"
     taps = max(layer.key_conv - 1, 0)
     return ChunkCache(
@@ -46,6 +44,13 @@ def make_cache(
         carry_rows=taps,
         carry_dim=layer.d_model if taps else 0,
     )
+
+
+def cache_dtype(layer: Resona, device: torch.device) -> torch.dtype:
+    """Of queries, keys and values as the layer computes them now: autocast's, or the weights'."""
+    dtype = layer.k_proj.weight.dtype
+    is_cast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if is_cast else dtype
 
 
 def check_cache(layer: Resona, cache: ChunkCache, x: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -25,11 +25,10 @@ from ._layer_parts import (
     rms_norm,
     roll_rows,
     rotate,
-    score_scale_and_sink,
     shift_for_inclusive,
 )
+from ._layer_search import check_indices, roll_indices, search_and_attend
 from .cache import ChunkCache
-from .functional import attend, retrieve, retrieve_attend
 
 MAX_HEAD_DIM = 256
 DEFAULT_RETRIEVAL_DIM = 128
@@ -256,6 +255,7 @@ class Resona(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: ChunkCache | None = None,
+        indices: Tensor | None = None,
     ) -> Tensor:
         """Run the branch over whole sequences and mix it into the output of the layer's mixer.
 
@@ -268,33 +268,41 @@ class Resona(nn.Module):
                 them in each row. Outputs at padding are finite and mean nothing.
             cache: from `make_cache`. The T tokens follow those in the cache and are appended to it:
                 a prompt in any pieces, then token by token. Without gradients.
+            indices: int32 [B, T, R, k], the chunks that each token attends to, -1 unused, instead of
+                a search: from `PrecomputedRetrieval`. Any k. Rows at padding are ignored.
 
         Returns:
             [B, T, d]: mix(y, c) in the dtype of y, or c if mixer_output is None.
 
         Raises:
-            ValueError: a shape does not fit, the cache is not of this layer or is full, or of
-                cu_seqlens, attention_mask and cache two are given that exclude each other.
+            ValueError: a shape does not fit, the cache is not of this layer or is full, or two
+                arguments or settings are given that exclude each other.
         """
         tensors = (hidden_states, embeddings, mixer_output)
         check_inputs(self.d_model, *tensors, cu_seqlens, attention_mask)
+        if indices is not None:
+            check_indices(self, indices, hidden_states, cu_seqlens, cache)
         if cache is not None:
             check_cache(self, cache, hidden_states, cu_seqlens)
             retrieved, is_empty = cached_branch(
                 self, hidden_states, embeddings, cache, attention_mask
             )
         elif attention_mask is None:
-            retrieved, is_empty = self._branch(hidden_states, embeddings, cu_seqlens)
+            retrieved, is_empty = self._branch(hidden_states, embeddings, cu_seqlens, indices)
         else:
             padding = first_real_token(attention_mask)
             x, e = roll_rows(hidden_states, padding), roll_rows(embeddings, padding)
-            retrieved, is_empty = self._branch(x, e, None)
+            if indices is not None:
+                indices = roll_indices(indices, padding, attention_mask)
+            retrieved, is_empty = self._branch(x, e, None, indices)
             retrieved, is_empty = roll_rows(retrieved, -padding), roll_rows(is_empty, -padding)
         if mixer_output is None:
             return retrieved
         return self._mix(hidden_states, mixer_output, retrieved, is_empty)
 
-    def _branch(self, x: Tensor, e: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _branch(
+        self, x: Tensor, e: Tensor, cu_seqlens: Tensor | None, indices: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Everything up to the mix: c [B, T, d], and which rows had nothing eligible [B, T]."""
         inclusive = self.eligibility == "inclusive"
         query_row = None
@@ -311,9 +319,8 @@ class Resona(nn.Module):
         query, key, value, query_embedding = self._project(
             x, key_source, source, query_position, key_position
         )
-        out, indices = self._search_and_attend(query, key, value, query_embedding, e, cu_seqlens)
-        # One head tells for all: what is eligible depends on the position alone.
-        is_empty = indices[:, :, 0, 0] < 0
+        projected = (query, key, value, query_embedding)
+        out, is_empty = search_and_attend(self, *projected, e, cu_seqlens, indices)
         if query_row is not None:
             out, is_empty = out.index_select(1, query_row), is_empty.index_select(1, query_row)
         return self._output(out), is_empty
@@ -341,46 +348,6 @@ class Resona(nn.Module):
         """c [B, T, d] from what was attended to, [B, T, H, D]."""
         retrieved = self.o_proj(attended.flatten(2))
         return retrieved if self.mlp is None else retrieved + self.mlp(rms_norm(retrieved))
-
-    def _search_and_attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_embedding: Tensor,
-        e: Tensor,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The operator: out [B, T, H, D] and indices [B, T, R, k]."""
-        context = rms_norm(e) if self.normalize_embeddings else e
-        score_scale, sink = score_scale_and_sink(self, query.dtype)
-        settings = {"chunk_size": self.chunk_size, "cu_seqlens": cu_seqlens}
-
-        if self.encoders.is_pooled:
-            out, aux = retrieve_attend(
-                query,
-                key,
-                value,
-                query_embedding,
-                self.encoders.context_embedding(context, self.q_proj.weight),
-                top_k=self.top_k,
-                score_scale=score_scale,
-                sink=sink,
-                return_aux=True,
-                **settings,
-            )
-            return out, aux.indices
-
-        chunk = self.encoders.chunk_embedding(context, self.chunk_size, cu_seqlens)
-        chunk = chunk.to(query_embedding.dtype)
-        indices, scores = retrieve(
-            query_embedding, chunk, top_k=self.top_k, context_length=e.shape[1], **settings
-        )
-        bias = None
-        if score_scale is not None:
-            # Unused slots hold -inf, and score_scale * -inf would put NaN into its gradient.
-            bias = score_scale.unsqueeze(-1) * scores.masked_fill(indices < 0, 0.0)
-        return attend(query, key, value, indices, bias=bias, sink=sink, **settings), indices
 
     def _mix(self, x: Tensor, y: Tensor, retrieved: Tensor, is_empty: Tensor) -> Tensor:
         if self.mix == "additive":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import resona_ext.layer as layer_module
+import resona_ext._layer_search as search_module
 from resona_ext.layer import Resona
 
 D_MODEL, HEADS, CHUNK, TOP_K = 12, 4, 3, 2
@@ -354,13 +354,13 @@ def test_hard_mask_freezes_the_encoders(encoder):
 @pytest.mark.parametrize("encoder", ["tied", last_token], ids=["tied", "callable"])
 def test_the_search_enters_the_graph_only_to_train(monkeypatch, encoder, query_encoder, trainable):
     name = "retrieve_attend" if encoder == "tied" else "retrieve"
-    original, seen = getattr(layer_module, name), []
+    original, seen = getattr(search_module, name), []
 
     def spy(*args, **kwargs):
         seen.extend(tensor.requires_grad for tensor in (args if name == "retrieve" else args[3:]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(layer_module, name, spy)
+    monkeypatch.setattr(search_module, name, spy)
     layer = make(encoder=encoder, query_encoder=query_encoder, trainable_retrieval=trainable)
     x, e, y = (tensor.requires_grad_() for tensor in inputs())
     layer(x, e, y)

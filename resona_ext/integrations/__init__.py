@@ -1,0 +1,8 @@
+"""Resona inside models that exist: Hugging Face transformers, fla, mamba_ssm, or by layer names.
+
+None of those libraries is imported here or needed; each is recognised when its model arrives.
+"""
+
+from .augment import Augmentation, augment
+
+__all__ = ["Augmentation", "augment"]
