@@ -4,5 +4,6 @@ None of those libraries is imported here or needed; each is recognised when its 
 """
 
 from .augment import Augmentation, augment
+from .saving import load_resona, save_resona
 
-__all__ = ["Augmentation", "augment"]
+__all__ = ["Augmentation", "augment", "load_resona", "save_resona"]

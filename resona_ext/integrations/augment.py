@@ -184,9 +184,11 @@ class Augmentation:
             valid = mix == "additive" or (mix == "fixed" and 0 <= alpha <= 1)
             expected = 'a number with mix="additive", one in [0, 1] with "fixed", None with "gate"'
             require(valid, "alpha", expected, f'{alpha} with "{mix}"', "Augmentation.set")
+        changed = {"top_k": top_k, "alpha": alpha}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        self.settings |= changed
         for resona in self.layers.values():
-            resona.top_k = resona.top_k if top_k is None else top_k
-            resona.alpha = resona.alpha if alpha is None else alpha
+            vars(resona).update(changed)
 
     def freeze_backbone(self) -> None:
         """Train the new layers only: all other parameters no longer require gradients."""
