@@ -106,8 +106,41 @@ SORTS = [
 
 @pytest.mark.parametrize("keys, passes, bits", SORTS)
 def test_index_digits(keys, passes, bits):
-    p = parameters("index", queries=0, context=keys, chunk_size=1)
+    p = parameters("index", queries=0, context=keys, chunk_size=1, top_k=512)
     assert (p["passes"], p["digit_bits"]) == (passes, bits)
+
+
+# B, T, L, R, S, k -> tiles of a block, blocks
+QUICK = {
+    (1, 4096, 4096, 1, 64, 8): (1, 32),
+    (1, 16384, 16384, 1, 16, 4): (1, 128),
+    (1, 65536, 65536, 1, 64, 8): (8, 64),  # each block reads all counts: 1 MiB
+    (1, 32768, 32768, 1, 8, 4): (4, 64),  # 4096 chunks: shared memory holds four tiles of them
+    (4, 8192, 8192, 1, 64, 8): (2, 128),
+    (2, 1000, 1000, 4, 64, 511): (1, 64),
+    (1, 0, 64, 1, 64, 8): (1, 1),  # offsets are written all the same
+    (0, 64, 64, 1, 64, 8): (1, 1),
+}
+TOO_MUCH = [
+    (1, 4096, 4104, 1, 1, 8),  # keys
+    (0, 4096, 2**20, 1, 1, 8),
+    (1, 65536, 65536, 1, 16, 8),  # bytes of counts
+    (1, 2**21, 2**21, 1, 2**18, 8),  # what all blocks would read of them
+    (1, 4096, 4096, 1, 64, 512),  # 128 x 512 repeats of one chunk do not fit 16 bits
+]
+INDEX = ("batch", "queries", "context", "retrieval_heads", "chunk_size", "top_k")
+
+
+@pytest.mark.parametrize("shape, expected", QUICK.items())
+def test_quick_index(shape, expected):
+    p = parameters("index", **dict(zip(INDEX, shape, strict=True)))
+    assert (p["block_tiles"], p["blocks"]) == expected
+    assert p["shared_bytes"] <= 99 << 10
+
+
+@pytest.mark.parametrize("shape", TOO_MUCH)
+def test_larger_indices_are_sorted(shape):
+    assert "passes" in parameters("index", **dict(zip(INDEX, shape, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +315,7 @@ def test_explain_for_a_device_that_is_not_here(capsys):
     command = "explain --device cuda --sm 80 --sms 108 --dtype bfloat16 --retrieval-dim 128"
     assert cli.main(command.split()) == 0
     printed = capsys.readouterr().out
-    for part in ("sm 80", "sms 108", "warp_rows", "lanes 16", "counting_sort"):
+    for part in ("sm 80", "sms 108", "warp_rows", "lanes 16", "counted_tiles"):
         assert part in printed
     assert cli.main(["explain", "--device", "cuda", "--dtype", "float64"]) == 2
     assert "float16 or bfloat16 on CUDA" in capsys.readouterr().err

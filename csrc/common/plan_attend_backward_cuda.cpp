@@ -28,16 +28,22 @@ int64_t rows_of(const Shape& part) { return saturated_product({slots_of(part), g
 
 bool has_ranges(const CudaAttendBackwardPlan& plan, const Shape& s) { return plan.queries < s.queries; }
 
-// The index of the last batch entries may be smaller in its lists, but not always in its digits.
+// A smaller part has shorter lists, but its index may be of the kind that takes more for counts.
+int64_t index_bytes(const CudaAttendBackwardPlan& plan, const Shape& s) {
+  const auto first_of_last = [](int64_t all, int64_t part) { return all == 0 ? 0 : (all - 1) / part * part; };
+  const int64_t batch = first_of_last(s.batch, plan.batch), query = first_of_last(s.queries, plan.queries);
+  const auto bytes = [&](int64_t first_batch, int64_t first_query) {
+    return plan_index_cuda(part_of(plan, s, first_batch, first_query), plan.device).workspace_bytes;
+  };
+  return std::max({bytes(0, 0), bytes(batch, 0), bytes(0, query)});
+}
+
 void count_workspace(CudaAttendBackwardPlan& plan, const Shape& s) {
   const Shape part = part_of(plan, s, 0, 0);
   plan.slab_rows = keys_of(part) == 0 ? 0 : 2 * ceil_div(rows_of(part), plan.segment);
   Workspace counting;
   take_attend_backward(plan, s, counting);
-  const int64_t last = s.batch == 0 ? 0 : (s.batch - 1) / plan.batch * plan.batch;
-  plan.workspace_bytes =
-      counting.bytes() + std::max(plan_index_cuda(part, plan.device).workspace_bytes,
-                                  plan_index_cuda(part_of(plan, s, last, 0), plan.device).workspace_bytes);
+  plan.workspace_bytes = counting.bytes() + index_bytes(plan, s);
 }
 
 bool fits(CudaAttendBackwardPlan plan, const Shape& s, int64_t most_bytes) {

@@ -106,10 +106,13 @@ void size_range(CudaAttendPlan& plan, const Shape& s, int64_t batch, int64_t que
                                     kChunkBlocksPerSm * device.sms);
   plan.merge_blocks = std::clamp<int64_t>(ceil_div(saturated_product({batch, queries, s.heads}), 4), 1,
                                           kMergeBlocksPerSm * device.sms);
+  range.batch = s.batch == 0 ? 0 : (s.batch - 1) % batch + 1;
+  range.queries = s.queries == 0 ? 0 : (s.queries - 1) % queries + 1;
+  plan.last_index = plan_index_cuda(range, device);
   Workspace counting;
   take_attend(plan, s, counting);
-  take_index(plan.index, counting);
-  plan.workspace_bytes = counting.bytes();
+  plan.workspace_bytes =
+      counting.bytes() + std::max(plan.index.workspace_bytes, plan.last_index.workspace_bytes);
 }
 
 bool fits(const CudaAttendPlan& plan) {

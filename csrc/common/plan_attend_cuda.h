@@ -33,7 +33,7 @@ struct CudaAttendPlan {
 
   // Chunk path. Queries are worked off in ranges, one after the other, in the same workspace.
   int64_t range_batch, range_queries;  // batch entries and queries of a range; more than one entry only whole
-  CudaIndexPlan index;                 // of a range
+  CudaIndexPlan index, last_index;     // of a range; of the last, which may be smaller
   int64_t item_rows, key_rows, key_slots;
   bool ahead, half_partials;
   int64_t merge_blocks;

@@ -10,6 +10,9 @@ namespace {
 // kernels stride over what is left.
 constexpr int64_t kPoolBlocksPerSm = 40, kIndexBlocksPerSm = 8, kRetrieveBackwardBlocksPerSm = 32;
 constexpr int64_t kPoolRestPerBlock = 128;
+constexpr int64_t kIndexCountBytes = 2 << 20;   // what the counts of the quick index may take
+constexpr int64_t kIndexReadBytes = 128 << 20;  // and its blocks read of them: some 25 us of an H200's L2
+constexpr int64_t kIndexNextBytes = 64 << 10;   // of shared memory, for where each list goes on
 constexpr int64_t kMostSlots = (int64_t{1} << 31) - 1;  // positions of an index are signed 32-bit
 constexpr int64_t kMostKeys = (int64_t{1} << 32) - 2;
 
@@ -141,8 +144,8 @@ CudaPoolPlan plan_pool_backward_cuda(const Shape& s, const CudaFacts& facts, con
   return plan;
 }
 
-CudaIndexPlan plan_index_cuda(const Shape& s, const CudaDevice& device) {
-  CudaIndexPlan plan;
+CudaIndexPlan plan_index_sort_cuda(const Shape& s, const CudaDevice& device) {
+  CudaIndexPlan plan{};
   plan.kernel = "counting_sort";
   plan.slots = slots_of(s), plan.keys = keys_of(s);
   int64_t bits = 1;
@@ -161,8 +164,48 @@ CudaIndexPlan plan_index_cuda(const Shape& s, const CudaDevice& device) {
   return plan;
 }
 
+CudaIndexPlan plan_index_cuda(const Shape& s, const CudaDevice& device) {
+  CudaIndexPlan plan{};
+  const int64_t groups = saturated_product({s.batch, s.retrieval_heads});
+  const int64_t group_tiles = ceil_div(s.queries, kIndexTileQueries);
+  plan.kernel = "counted_tiles";
+  plan.reason = "few chunks: tiles of queries are counted, then every slot is placed, in two launches";
+  plan.quick = true;
+  plan.slots = slots_of(s), plan.keys = keys_of(s);
+  plan.query_tiles = saturated_product({groups, group_tiles});
+  plan.count_pitch = ceil_div(s.context / s.chunk_size, kIndexCountsPerLoad) * kIndexCountsPerLoad;
+  const int64_t padded_keys = saturated_product({std::max<int64_t>(1, groups), plan.count_pitch});
+  const int64_t count_bytes = saturated_product({plan.query_tiles, plan.count_pitch, 2});
+  if (padded_keys > kIndexMostKeys || count_bytes > kIndexCountBytes || s.top_k > kIndexMostTopK)
+    return plan_index_sort_cuda(s, device);
+  // A tile per warp; few enough blocks that the counts, which each of them reads, do not become the work.
+  const int64_t wanted =
+      std::clamp<int64_t>(kIndexReadBytes / 2 / std::max<int64_t>(1, count_bytes), 1, device.sms);
+  const int64_t most =
+      std::min(kIndexMostBlockTiles, kIndexNextBytes / 4 / std::max(kIndexCountsPerLoad, plan.count_pitch));
+  plan.block_tiles = std::clamp<int64_t>(ceil_div(plan.query_tiles, wanted), 1, most);
+  plan.blocks = groups * std::max<int64_t>(1, ceil_div(group_tiles, plan.block_tiles));
+  if (saturated_product({plan.blocks, count_bytes}) > kIndexReadBytes) return plan_index_sort_cuda(s, device);
+  plan.blocks = std::max<int64_t>(1, plan.blocks);
+  plan.shared_bytes = 4 * (padded_keys + plan.block_tiles * (plan.count_pitch + kIndexTileQueries));
+  Workspace counting;
+  take_index(plan, counting);
+  plan.workspace_bytes = counting.bytes();
+  return plan;
+}
+
 IndexArrays take_index(const CudaIndexPlan& plan, Workspace& workspace) {
-  IndexArrays a;
+  IndexArrays a{};
+  a.offsets = workspace.take<uint32_t>(plan.keys + 1);
+  a.tile_begin = workspace.take<uint32_t>(plan.keys + 1);
+  a.tile_totals = workspace.take<uint32_t>(ceil_div(plan.keys + 1, kScanTile));
+  if (plan.quick) {
+    a.tile_counts = workspace.take<uint16_t>(plan.query_tiles * plan.count_pitch);
+    a.sorted_slots = workspace.take<uint32_t>(plan.slots);
+    a.list = workspace.take<uint32_t>(plan.slots);
+    a.position = workspace.take<int32_t>(plan.slots);
+    return a;
+  }
   for (int i = 0; i < 2; ++i) {
     a.keys[i] = workspace.take<uint32_t>(plan.slots);
     a.slots[i] = workspace.take<uint32_t>(plan.slots);
@@ -170,12 +213,9 @@ IndexArrays take_index(const CudaIndexPlan& plan, Workspace& workspace) {
   a.count_entries = plan.tiles << plan.digit_bits;
   a.counts = workspace.take<uint32_t>(a.count_entries);
   a.totals = workspace.take<uint32_t>(ceil_div(a.count_entries, kScanTile));
-  a.offsets = workspace.take<uint32_t>(plan.keys + 1);
-  a.tile_begin = workspace.take<uint32_t>(plan.keys + 1);
-  a.tile_totals = workspace.take<uint32_t>(ceil_div(plan.keys + 1, kScanTile));
   // The last pass leaves its input free.
   const int64_t last = plan.passes % 2;
-  a.sorted_keys = a.keys[last], a.sorted_slots = a.slots[last];
+  a.sorted_slots = a.slots[last];
   a.position = reinterpret_cast<int32_t*>(a.keys[1 - last]);
   a.list = a.slots[1 - last];
   return a;

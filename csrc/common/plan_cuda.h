@@ -24,6 +24,8 @@ constexpr int64_t kElementsPerLane = 8;  // of kernels that choose the lanes of 
 constexpr int64_t kPoolRowsPerBlock = 16;
 constexpr int64_t kRetrieveBackwardThreads = 128;
 constexpr int64_t kIndexThreads = 256, kIndexTile = 4096, kIndexDigitBits = 11, kScanTile = 2048;
+constexpr int64_t kIndexTileQueries = 128, kIndexCountsPerLoad = 8;  // of the quick index
+constexpr int64_t kIndexMostKeys = 4096, kIndexMostTopK = 511, kIndexMostBlockTiles = 16;
 
 // What a call may take for scratch. Larger problems are worked off in parts, as far as they have any.
 constexpr int64_t kCudaWorkspaceBytes = 512 << 20;
@@ -79,22 +81,34 @@ CudaPoolPlan plan_pool_backward_cuda(const Shape&, const CudaFacts&, const CudaD
 struct CudaIndexPlan {
   const char* kernel;
   const char* reason;
-  int64_t slots, keys;              // B T R k; B R C, each with a list
-  int64_t passes, digit_bits;       // of the sort
+  int64_t slots, keys;  // B T R k; B R C, each with a list
+
+  // Few keys: slots are counted per tile of 128 queries of a batch entry and retrieval head, then placed.
+  bool quick;
+  int64_t query_tiles, count_pitch;  // of the counts [query_tiles, count_pitch]: C rounded up to 8
+  int64_t block_tiles, blocks, shared_bytes;
+
+  // Any number of keys: a sort.
+  int64_t passes, digit_bits;
   int64_t tiles;                    // of slots
   int64_t slot_blocks, key_blocks;  // grids of the kernels that take one slot or key at a time
+
   int64_t workspace_bytes;
 };
 
 CudaIndexPlan plan_index_cuda(const Shape&, const CudaDevice&);
 
-// Where the index and its scratch lie in a workspace. The results take the place of scratch that is done
-// with.
+// Whatever the number of keys; plan_index_cuda takes it where the quick index does not reach.
+CudaIndexPlan plan_index_sort_cuda(const Shape&, const CudaDevice&);
+
+// Where the index and its scratch lie in a workspace. The results of a sort take the place of scratch that is
+// done with.
 struct IndexArrays {
-  uint32_t *keys[2], *slots[2];  // before and after a pass, [slots]
+  uint32_t *keys[2], *slots[2];  // of a sort, before and after a pass, [slots]
   uint32_t *counts, *totals;     // of a pass, and of their scan
   int64_t count_entries;
-  uint32_t *sorted_keys, *sorted_slots;
+  uint16_t* tile_counts;                         // of the quick index, [query_tiles, count_pitch]
+  uint32_t* sorted_slots;                        // [slots], list after list
   uint32_t* list;                                // [slots]: query row of each position
   int32_t* position;                             // [slots]: of each slot, -1 where it is unused
   uint32_t *offsets, *tile_begin, *tile_totals;  // [keys + 1], [keys + 1], of the scan of tile_begin

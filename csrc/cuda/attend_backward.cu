@@ -133,7 +133,6 @@ struct AttendBackward {
     const CudaIndexPlan index_plan = plan_index_cuda(part, plan.device);
     Workspace memory = index_memory;
     const IndexArrays lists = build_index(index, index_plan, memory, stream);
-    write_lists(index, lists, index_plan, stream);
     p.list = lists.list, p.list_slots = lists.sorted_slots, p.position = lists.position;
     p.offsets = lists.offsets, p.tile_begin = lists.tile_begin, p.tile_totals = lists.tile_totals;
     p.slots = index_plan.slots, p.keys = index_plan.keys;

@@ -87,12 +87,8 @@ struct ChunkAttention {
     index.packed = packed;
     index.rows_per_query = a.group(), index.tile_rows = plan.item_rows;
     index.queries_before = range.begin, index.queries_behind = s.queries - range.begin - range.count;
-    const CudaIndexPlan of_range = range.count == plan.range_queries && range.batch == plan.range_batch
-                                       ? plan.index
-                                       : plan_index_cuda(index.shape, {1, 0, 0});
-    const IndexArrays built = build_index(index, of_range, workspace, stream);
-    write_lists(index, built, of_range, stream);
-    return built;
+    const bool is_full = range.count == plan.range_queries && range.batch == plan.range_batch;
+    return build_index(index, is_full ? plan.index : plan.last_index, workspace, stream);
   }
 
   AttendChunkParams<T> chunk_params(const AttendParams<T>& a, const IndexArrays& index) const {

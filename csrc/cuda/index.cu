@@ -1,27 +1,69 @@
-#include "cuda/index.cuh"
-
 #include <stdexcept>
 #include <string>
 
 #include "cuda/build_index.cuh"
+#include "cuda/index_quick.cuh"
+#include "cuda/index_sort.cuh"
 #include "cuda/launch.cuh"
 
 namespace resona::cuda {
 namespace {
 
 static_assert(IndexConfig::kThreads == kIndexThreads && IndexConfig::kTile == kIndexTile &&
-                  IndexConfig::kDigitBits == kIndexDigitBits && ScanConfig::kTile == kScanTile,
+                  IndexConfig::kDigitBits == kIndexDigitBits && ScanConfig::kTile == kScanTile &&
+                  kIndexQueries == kIndexTileQueries && kIndexColumns == kIndexCountsPerLoad &&
+                  IndexPlaceConfig::kMostKeys == kIndexMostKeys &&
+                  IndexTileCountsConfig::kMostChunks == kIndexMostKeys &&
+                  IndexPlaceConfig::kWarps == kIndexMostBlockTiles &&
+                  kIndexQueries * kIndexMostTopK < 1 << 16,
               "plans count with these");
 
 // Every kernel waits for the one before it, whoever launched that.
 template <class Parameters>
 void launch_next(const char* name, int64_t blocks, const CudaIndexPlan& plan, Stream stream,
-                 void (*kernel)(Parameters), const Parameters& parameters) {
-  static_assert(ScanConfig::kThreads == IndexConfig::kThreads, "one block size for all");
-  launch({name, {blocks}, IndexConfig::kThreads, 0, true, plan.reason}, stream, kernel, parameters);
+                 void (*kernel)(Parameters), const Parameters& parameters,
+                 int threads = IndexConfig::kThreads, int64_t shared_bytes = 0) {
+  launch({name, {blocks}, threads, shared_bytes, true, plan.reason}, stream, kernel, parameters);
 }
 
+IndexSlots slots_of(const IndexProblem& p) {
+  const Shape& s = p.shape;
+  IndexSlots slots{};
+  slots.indices = p.indices;
+  slots.batch = s.batch, slots.queries = s.queries, slots.heads = s.retrieval_heads, slots.top_k = s.top_k;
+  slots.context = s.context, slots.chunk_size = s.chunk_size, slots.chunks = s.context / s.chunk_size;
+  slots.packed = p.packed;
+  slots.queries_before = p.queries_before, slots.queries_behind = p.queries_behind;
+  return slots;
+}
+
+// ---- few keys
+
+void count_and_place(const IndexProblem& p, const IndexArrays& a, const CudaIndexPlan& plan, Stream stream) {
+  IndexTiles tiles{slots_of(p), a.tile_counts, (p.shape.queries + kIndexQueries - 1) / kIndexQueries,
+                   static_cast<int>(plan.count_pitch)};
+  if (p.tile_counts == nullptr)
+    launch_next("index_tile_counts_kernel", plan.query_tiles, plan, stream, index_tile_counts_kernel, tiles,
+                IndexTileCountsConfig::kThreads);
+  else
+    tiles.counts = const_cast<uint16_t*>(p.tile_counts);  // index_place_kernel only reads
+  IndexPlaceParams place{};
+  place.tiles = tiles;
+  place.sorted_slots = a.sorted_slots;
+  if (p.wants_positions) place.list = a.list, place.position = a.position;
+  place.offsets = a.offsets, place.tile_begin = a.tile_begin, place.tile_totals = a.tile_totals;
+  place.rows_per_query = p.rows_per_query, place.tile_rows = p.tile_rows;
+  place.block_tiles = static_cast<int>(plan.block_tiles);
+  place.group_blocks = static_cast<int>((tiles.group_tiles + plan.block_tiles - 1) / plan.block_tiles);
+  if (place.group_blocks == 0) place.group_blocks = 1;
+  launch_next("index_place_kernel", plan.blocks, plan, stream, index_place_kernel, place,
+              IndexPlaceConfig::kThreads, plan.shared_bytes);
+}
+
+// ---- any number of keys
+
 void scan(uint32_t* entries, uint32_t* totals, int64_t count, const CudaIndexPlan& plan, Stream stream) {
+  static_assert(ScanConfig::kThreads == IndexConfig::kThreads, "one block size for all");
   const ScanParams p{entries, totals, count};
   launch_next("scan_tiles_kernel", (count + kScanTile - 1) / kScanTile, plan, stream, scan_tiles_kernel, p);
   launch_next("scan_totals_kernel", 1, plan, stream, scan_totals_kernel, p);
@@ -46,27 +88,21 @@ void sort(const IndexArrays& a, const CudaIndexPlan& plan, Stream stream) {
   }
 }
 
-IndexKeysParams keys_of(const IndexProblem& p, uint32_t* keys) {
-  const Shape& s = p.shape;
-  IndexKeysParams k{};
-  k.indices = p.indices;
-  k.keys = keys;
-  k.batch = s.batch, k.queries = s.queries, k.heads = s.retrieval_heads, k.top_k = s.top_k;
-  k.context = s.context, k.chunk_size = s.chunk_size, k.chunks_per_batch = s.context / s.chunk_size;
-  k.packed = p.packed;
-  k.queries_before = p.queries_before, k.queries_behind = p.queries_behind;
-  return k;
-}
-
-IndexResultParams results_of(const IndexProblem& p, const IndexArrays& a, const CudaIndexPlan& plan) {
+void sort_and_list(const IndexProblem& p, const IndexArrays& a, const CudaIndexPlan& plan, Stream stream) {
+  launch_next("index_keys_kernel", plan.slot_blocks, plan, stream, index_keys_kernel,
+              IndexKeysParams{slots_of(p), a.keys[0]});
+  sort(a, plan, stream);
   IndexResultParams r{};
-  r.keys = a.sorted_keys, r.slots = a.sorted_slots;
+  r.keys = a.keys[plan.passes % 2], r.slots = a.sorted_slots;
   r.list = a.list, r.position = a.position;
   r.offsets = a.offsets, r.tile_begin = a.tile_begin;
   r.count = plan.slots, r.slots_per_query = p.shape.retrieval_heads * p.shape.top_k;
   r.unused_key = plan.keys;
   r.rows_per_query = p.rows_per_query, r.tile_rows = p.tile_rows;
-  return r;
+  launch_next("index_offsets_kernel", plan.key_blocks, plan, stream, index_offsets_kernel, r);
+  scan(a.tile_begin, a.tile_totals, plan.keys + 1, plan, stream);
+  if (p.wants_positions)
+    launch_next("index_lists_kernel", plan.slot_blocks, plan, stream, index_lists_kernel, r);
 }
 
 void check_limits(const CudaIndexPlan& plan) {
@@ -81,18 +117,11 @@ void check_limits(const CudaIndexPlan& plan) {
 IndexArrays build_index(const IndexProblem& p, const CudaIndexPlan& plan, Workspace& workspace,
                         Stream stream) {
   check_limits(plan);
+  if (p.tile_counts != nullptr && !plan.quick)
+    throw std::logic_error("resona::cuda: index: counts of tiles are for quick plans");
   const IndexArrays a = take_index(plan, workspace);
-  launch_next("index_keys_kernel", plan.slot_blocks, plan, stream, index_keys_kernel, keys_of(p, a.keys[0]));
-  sort(a, plan, stream);
-  launch_next("index_offsets_kernel", plan.key_blocks, plan, stream, index_offsets_kernel,
-              results_of(p, a, plan));
-  scan(a.tile_begin, a.tile_totals, plan.keys + 1, plan, stream);
+  (plan.quick ? count_and_place : sort_and_list)(p, a, plan, stream);
   return a;
-}
-
-void write_lists(const IndexProblem& p, const IndexArrays& a, const CudaIndexPlan& plan, Stream stream) {
-  launch_next("index_lists_kernel", plan.slot_blocks, plan, stream, index_lists_kernel,
-              results_of(p, a, plan));
 }
 
 }  // namespace resona::cuda

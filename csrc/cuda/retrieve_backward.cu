@@ -56,7 +56,7 @@ void run_part(const RetrieveBackwardProblem& p, const Shape& part, int64_t first
     launch({name, {blocks}, RetrieveBackwardConfig::kThreads, 0, true, plan.reason}, stream, kernel, params);
   };
   start("retrieve_query_gradient_kernel", plan.query_blocks, retrieve_query_gradient_kernel<T>);
-  const IndexProblem index{part, params.indices, params.packed, 1, plan.segment};
+  const IndexProblem index{part, params.indices, params.packed, 1, plan.segment, 0, 0, false};
   const bool is_last = first + plan.batch >= p.shape.batch;
   const IndexArrays lists = build_index(index, is_last ? plan.last_index : plan.index, workspace, stream);
   params.slots = lists.sorted_slots, params.offsets = lists.offsets;

@@ -101,6 +101,21 @@ Stage pool_stage(const char* name, const resona::CudaPoolPlan& p) {
            {"workspace_bytes", p.workspace_bytes}}};
 }
 
+Stage index_stage(const resona::CudaIndexPlan& p) {
+  if (!p.quick)
+    return {"index",
+            p.kernel,
+            p.reason,
+            {{"passes", p.passes}, {"digit_bits", p.digit_bits}, {"tiles", p.tiles}}};
+  return {"index",
+          p.kernel,
+          p.reason,
+          {{"query_tiles", p.query_tiles},
+           {"block_tiles", p.block_tiles},
+           {"blocks", p.blocks},
+           {"shared_bytes", p.shared_bytes}}};
+}
+
 Stage attend_stage(const resona::CudaAttendPlan& p) {
   std::map<std::string, int64_t> parameters{
       {"dim", p.dim}, {"vector", p.vector}, {"blocks", p.blocks}, {"workspace_bytes", p.workspace_bytes}};
@@ -114,7 +129,7 @@ Stage attend_stage(const resona::CudaAttendPlan& p) {
                        {"key_slots", p.key_slots},
                        {"ahead", p.ahead},
                        {"half_partials", p.half_partials},
-                       {"index_passes", p.index.passes},
+                       {"index_quick", p.index.quick},
                        {"merge_blocks", p.merge_blocks}});
   return {"attend", p.kernel, p.reason, parameters};
 }
@@ -149,7 +164,6 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
   const resona::CudaPoolPlan pool = resona::plan_pool_cuda(s, facts, device);
   const resona::CudaPoolPlan pool_backward = resona::plan_pool_backward_cuda(s, facts, device);
   const resona::CudaRetrieveBackwardPlan backward = resona::plan_retrieve_backward_cuda(s, facts, device);
-  const resona::CudaIndexPlan& index = backward.index;
   const resona::CudaSearchPlan search = resona::plan_search_cuda(s, embeddings, facts.sequences, device);
   const resona::CudaFacts row_facts{s.head_dim * resona::size_of(rows) % 16 == 0, facts.sequences};
   const resona::CudaAttendPlan attend = resona::plan_attend_cuda(s, {row_facts, rows, true, false}, device);
@@ -170,10 +184,7 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
            attend_stage(attend),
            attend_backward_stage(attend_backward),
            pool_stage("pool_backward", pool_backward),
-           {"index",
-            index.kernel,
-            index.reason,
-            {{"passes", index.passes}, {"digit_bits", index.digit_bits}, {"tiles", index.tiles}}},
+           index_stage(backward.index),
            {"retrieve_backward",
             backward.kernel,
             backward.reason,

@@ -8,6 +8,11 @@ import numpy as np
 from harness import Schedule, Simulator
 
 
+def index_workspace(slots: int, keys: int) -> np.ndarray:
+    """Bytes enough for the inverted index of small problems, whichever way it is built."""
+    return np.empty(24 * slots + 16 * keys + (1 << 17), np.uint8)
+
+
 @dataclass
 class Case:
     name: str

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sanitized
 import torch
-from cases import Case
+from cases import Case, index_workspace
 from harness import SCHEDULES
 from support import Problem, assert_no_worse, name_of
 
@@ -16,7 +16,6 @@ from resona_ext import reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ANY = SCHEDULES[0]
-INDEX_TILE, SCAN_TILE = 4096, 2048
 ITEM_ROWS = 512  # most
 
 
@@ -79,26 +78,15 @@ def attend_case(
     rows = query_range or p.batch * p.queries
     slots = rows * p.retrieval_heads * top_k
     keys = (1 if query_range else p.batch) * p.retrieval_heads * (p.context // p.chunk_size)
-    digits = 1 << min(11, max(1, int(keys).bit_length()))
-    counts = digits * -(-slots // INDEX_TILE)
     inputs = {name: storage(t[name]) for name in ("query", "key", "value")}
     inputs["indices"] = indices.numpy()
     optional = {"bias": bias, "bias_scale": bias_scale, "sink": t["sink"]}
     inputs |= {name: x.float().numpy() for name, x in optional.items() if x is not None}
 
-    def empty(count, of=np.uint32):
+    def empty(count, of=np.int32):
         return np.empty(count, of)
 
-    workspace = {f"{name}_{i}": empty(slots) for name in ("keys", "slots") for i in (0, 1)}
-    workspace |= {
-        "counts": empty(counts),
-        "totals": empty(-(-counts // SCAN_TILE)),
-        "list": empty(slots),
-        "position": empty(slots, np.int32),
-        "offsets": empty(keys + 1),
-        "tile_begin": empty(keys + 1),
-        "tile_totals": empty(-(-(keys + 1) // SCAN_TILE)),
-    }
+    workspace = {"workspace": index_workspace(slots, keys)}
     if result != "final":
         pitch, of_list = -(-dim // 8) * 8, slots * p.heads // p.retrieval_heads
         workspace["partial"] = empty(of_list * pitch, np.int16 if result == "half" else np.float32)
@@ -107,7 +95,7 @@ def attend_case(
         workspace["partial_scale"] = empty(of_list, np.float32)
     if t["cu_seqlens"] is not None:
         inputs["cu_seqlens"] = t["cu_seqlens"].numpy()
-        workspace["chunk_begin"] = empty(len(t["cu_seqlens"]), np.int32)
+        workspace["chunk_begin"] = empty(len(t["cu_seqlens"]))
     out = torch.empty(p.batch, p.queries, p.heads, dim, dtype=dtype)
     strides = {
         f"{name}_{axis}_stride": t[name].stride(i)
@@ -136,6 +124,7 @@ def attend_case(
             **{"sequences": 0 if t["cu_seqlens"] is None else len(t["cu_seqlens"]) - 1},
             "scale": str(dim**-0.5 if scale is None else scale),
             **{"dtype": name_of(dtype), "result": result, "item_rows": item_rows},
+            "workspace_bytes": workspace["workspace"].size,
             **{"key_slots": key_slots, "ahead": int(ahead), "range": query_range, "blocks": blocks},
         },
     )

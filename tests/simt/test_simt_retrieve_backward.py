@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import sanitized
 import torch
-from cases import Case
+from cases import Case, index_workspace
 from harness import SCHEDULES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_simt_pool import DTYPES, name_of, storage
 
 ANY = SCHEDULES[0]
-TILE, SCAN_TILE = 4096, 2048  # slots of a block of the index, entries of a block of the scan
 
 
 def chunk_rows(indices, context, chunk_size, lengths) -> tuple[np.ndarray, np.ndarray]:
@@ -84,15 +83,9 @@ def retrieve_backward_case(
     lanes = min(32, 1 << max(0, (dim - 1) // 8).bit_length())
     vector = all(is_vector(x) for x in (query, chunks))
     chosen = {"lanes": lanes, "vector": int(vector), "segment": 64, "blocks": 3} | choices
-    counts = -(-count // TILE) * (2 << min(11, keys.bit_length()))
     partials = 2 * -(-count // chosen["segment"]) * -(-dim // 8) * 8
-    sizes = {
-        **{"keys_0": count, "keys_1": count, "slots_0": count, "slots_1": count},
-        **{"counts": counts, "totals": -(-counts // SCAN_TILE)},
-        **{"offsets": keys + 1, "tile_begin": keys + 1, "tile_totals": -(-(keys + 1) // SCAN_TILE)},
-    }
-    workspace = {key: np.empty(size, np.uint32) for key, size in sizes.items()}
-    workspace |= {
+    workspace = {
+        "workspace": index_workspace(count, keys),
         "factors": np.empty(count, np.float32),
         "partials": np.empty(partials, np.float32),
     }
@@ -115,7 +108,7 @@ def retrieve_backward_case(
             **chosen,
             **{"batch": batch, "queries": queries, "heads": heads, "top_k": top_k, "dim": dim},
             **{"context": context, "chunk_size": chunk_size, "sequences": len(lengths or [])},
-            "dtype": name_of(query.dtype),
+            **{"dtype": name_of(query.dtype), "workspace_bytes": workspace["workspace"].size},
         },
     )
 

@@ -2,73 +2,13 @@
 #include "cuda/attend_chunk.cuh"
 
 #include "cuda/attend_merge.cuh"
+#include "cuda/build_index.cuh"
 #include "kernels/attend_arguments.h"
-#include "runtime/arguments.h"
+#include "kernels/stage_arguments.h"
 
 namespace {
 
 using namespace resona::cuda;
-
-dim3 blocks_for(int64_t items, int64_t per_block, int64_t most = 1 << 20) {
-  const int64_t blocks = (items + per_block - 1) / per_block;
-  return dim3(static_cast<unsigned>(blocks < 1 ? 1 : blocks > most ? most : blocks));
-}
-
-void launch_scan(uint32_t* entries, uint32_t* totals, int64_t count) {
-  const ScanParams p{entries, totals, count};
-  simt::launch({"scan_tiles_kernel", blocks_for(count, ScanConfig::kTile), ScanConfig::kThreads, 0, true},
-               [p] { scan_tiles_kernel(p); });
-  simt::launch({"scan_totals_kernel", 1, ScanConfig::kThreads, 0, true}, [p] { scan_totals_kernel(p); });
-}
-
-// ---- index
-
-template <class T>
-void build_index(const simt::Arguments& a, const AttendParams<T>& problem, int64_t before, int64_t behind,
-                 const IndexResultParams& result) {
-  uint32_t* keys[2] = {a.array<uint32_t>("keys_0"), a.array<uint32_t>("keys_1")};
-  uint32_t* slots[2] = {a.array<uint32_t>("slots_0"), a.array<uint32_t>("slots_1")};
-  const IndexKeysParams k{problem.indices,         keys[0],        problem.batch,   problem.queries,
-                          problem.retrieval_heads, problem.top_k,  problem.context, problem.chunk_size,
-                          problem.chunks,          problem.packed, before,          behind};
-  const int64_t count = result.count, tiles = (count + IndexConfig::kTile - 1) / IndexConfig::kTile;
-  simt::launch(
-      {"index_keys_kernel", blocks_for(count, IndexConfig::kThreads, 3), IndexConfig::kThreads, 0, true},
-      [k] { index_keys_kernel(k); });
-  int bits = 1;
-  while (result.unused_key >> bits) ++bits;
-  const int passes = (bits + IndexConfig::kDigitBits - 1) / IndexConfig::kDigitBits;
-  for (int pass = 0; pass < passes; ++pass) {
-    const int shift = pass * IndexConfig::kDigitBits, left = bits - shift, from = pass % 2;
-    const IndexPassParams p{keys[from],
-                            pass ? slots[from] : nullptr,
-                            keys[1 - from],
-                            slots[1 - from],
-                            a.array<uint32_t>("counts"),
-                            a.array<uint32_t>("totals"),
-                            count,
-                            tiles,
-                            shift,
-                            left < IndexConfig::kDigitBits ? left : IndexConfig::kDigitBits};
-    const dim3 blocks(static_cast<unsigned>(tiles));
-    simt::launch({"index_count_kernel", blocks, IndexConfig::kThreads, 0, true},
-                 [p] { index_count_kernel(p); });
-    launch_scan(p.counts, p.totals, p.tiles << p.bits);
-    simt::launch({"index_scatter_kernel", blocks, IndexConfig::kThreads, 0, true},
-                 [p] { index_scatter_kernel(p); });
-  }
-  IndexResultParams r = result;
-  r.keys = keys[passes % 2], r.slots = slots[passes % 2];
-  simt::launch(
-      {"index_lists_kernel", blocks_for(count, IndexConfig::kThreads, 3), IndexConfig::kThreads, 0, true},
-      [r] { index_lists_kernel(r); });
-  simt::launch({"index_offsets_kernel", blocks_for(r.unused_key + 1, IndexConfig::kThreads, 3),
-                IndexConfig::kThreads, 0, true},
-               [r] { index_offsets_kernel(r); });
-  launch_scan(r.tile_begin, a.array<uint32_t>("tile_totals"), r.unused_key + 1);
-}
-
-// ---- attention
 
 template <class T, int kDim>
 void launch_attend(const AttendChunkParams<T>& p, int64_t blocks) {
@@ -125,21 +65,27 @@ AttendParams<T> range_of(const AttendParams<T>& whole, int64_t batch, int64_t be
 }
 
 template <class T>
+resona::IndexArrays index_of(const simt::Arguments& a, const AttendChunkParams<T>& p, int64_t before,
+                             int64_t behind) {
+  const AttendParams<T>& t = p.attend;
+  resona::Shape s{};
+  s.batch = t.batch, s.queries = t.queries, s.context = t.context, s.retrieval_heads = t.retrieval_heads;
+  s.chunk_size = t.chunk_size, s.top_k = t.top_k;
+  const resona::CudaIndexPlan plan = plan_index_cuda(s, stages::kDevice);
+  resona::Workspace workspace(stages::workspace_of(a, plan.workspace_bytes));
+  return build_index({s, t.indices, t.packed, t.group(), p.item_rows, before, behind}, plan, workspace, {});
+}
+
+template <class T>
 void run_range(const simt::Arguments& a, const AttendParams<T>& problem, int64_t before, int64_t behind) {
   AttendChunkParams<T> p{};
   p.attend = problem;
   p.slots = problem.batch * problem.queries * problem.retrieval_heads * problem.top_k;
   p.keys = problem.batch * problem.retrieval_heads * problem.chunks;
   p.item_rows = static_cast<int>(a.integer("item_rows"));
-  IndexResultParams r{};
-  r.list = a.array<uint32_t>("list"), r.position = a.array<int32_t>("position");
-  r.offsets = a.array<uint32_t>("offsets"), r.tile_begin = a.array<uint32_t>("tile_begin");
-  r.count = p.slots, r.slots_per_query = problem.retrieval_heads * problem.top_k, r.unused_key = p.keys;
-  r.rows_per_query = problem.group(), r.tile_rows = p.item_rows;
-  build_index(a, problem, before, behind, r);
-
-  p.list = r.list, p.position = r.position, p.offsets = r.offsets;
-  p.tile_begin = r.tile_begin, p.tile_totals = a.array<uint32_t>("tile_totals");
+  const resona::IndexArrays index = index_of(a, p, before, behind);
+  p.list = index.list, p.position = index.position, p.offsets = index.offsets;
+  p.tile_begin = index.tile_begin, p.tile_totals = index.tile_totals;
   p.key_slots = static_cast<int>(a.integer("key_slots"));
   p.ahead = a.integer("ahead") != 0;
   const std::string& result = a.text("result");

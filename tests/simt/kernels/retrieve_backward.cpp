@@ -1,82 +1,24 @@
 // The whole of retrieve_backward.cuh, index build included, on arrays from Python.
 #include "cuda/retrieve_backward.cuh"
 
-#include "runtime/arguments.h"
+#include "cuda/build_index.cuh"
+#include "kernels/stage_arguments.h"
 
 namespace {
 
 using namespace resona::cuda;
 
-dim3 blocks_for(int64_t items, int64_t per_block, int64_t most = 1 << 20) {
-  const int64_t blocks = (items + per_block - 1) / per_block;
-  return dim3(static_cast<unsigned>(blocks < 1 ? 1 : blocks > most ? most : blocks));
-}
-
-void launch_scan(uint32_t* entries, uint32_t* totals, int64_t count) {
-  const ScanParams p{entries, totals, count};
-  simt::launch({"scan_tiles_kernel", blocks_for(count, ScanConfig::kTile), ScanConfig::kThreads, 0, true},
-               [p] { scan_tiles_kernel(p); });
-  simt::launch({"scan_totals_kernel", 1, ScanConfig::kThreads, 0, true}, [p] { scan_totals_kernel(p); });
-}
-
-void launch_pass(const IndexPassParams& p) {
-  const dim3 blocks(static_cast<unsigned>(p.tiles));
-  simt::launch({"index_count_kernel", blocks, IndexConfig::kThreads, 0, true},
-               [p] { index_count_kernel(p); });
-  launch_scan(p.counts, p.totals, p.tiles << p.bits);
-  simt::launch({"index_scatter_kernel", blocks, IndexConfig::kThreads, 0, true},
-               [p] { index_scatter_kernel(p); });
-}
-
-// The lists of the chunks as far as the gradient needs them: no index_lists_kernel.
 template <class T>
 void build_lists(const simt::Arguments& a, RetrieveBackwardParams<T>& p) {
-  uint32_t* keys[2] = {a.array<uint32_t>("keys_0"), a.array<uint32_t>("keys_1")};
-  uint32_t* slots[2] = {a.array<uint32_t>("slots_0"), a.array<uint32_t>("slots_1")};
-  IndexKeysParams k{};
-  k.indices = p.indices;
-  k.keys = keys[0];
-  k.batch = p.batch;
-  k.queries = p.queries;
-  k.heads = p.heads;
-  k.top_k = p.top_k;
-  k.context = p.context;
-  k.chunk_size = p.chunk_size;
-  k.chunks_per_batch = p.chunks_per_batch;
-  k.packed = p.packed;
-  const int64_t count = p.rows() * p.top_k, unused = p.keys();
-  simt::launch(
-      {"index_keys_kernel", blocks_for(count, IndexConfig::kThreads, 3), IndexConfig::kThreads, 0, true},
-      [k] { index_keys_kernel(k); });
-
-  int bits = 1, passes = 0;
-  while (unused >> bits) ++bits;
-  for (int shift = 0; shift < bits; shift += IndexConfig::kDigitBits, ++passes) {
-    const int left = bits - shift, from = passes % 2;
-    launch_pass({keys[from], passes ? slots[from] : nullptr, keys[1 - from], slots[1 - from],
-                 a.array<uint32_t>("counts"), a.array<uint32_t>("totals"), count,
-                 (count + IndexConfig::kTile - 1) / IndexConfig::kTile, shift,
-                 left < IndexConfig::kDigitBits ? left : IndexConfig::kDigitBits});
-  }
-
-  const int last = passes % 2;
-  IndexResultParams r{};
-  r.keys = keys[last];
-  r.offsets = a.array<uint32_t>("offsets");
-  r.tile_begin = a.array<uint32_t>("tile_begin");
-  r.count = count;
-  r.unused_key = unused;
-  r.rows_per_query = 1;
-  r.tile_rows = p.segment;
-  simt::launch({"index_offsets_kernel", blocks_for(unused + 1, IndexConfig::kThreads, 3),
-                IndexConfig::kThreads, 0, true},
-               [r] { index_offsets_kernel(r); });
-  uint32_t* tile_totals = a.array<uint32_t>("tile_totals");
-  launch_scan(r.tile_begin, tile_totals, unused + 1);
-  p.slots = slots[last];
-  p.offsets = r.offsets;
-  p.tile_begin = r.tile_begin;
-  p.tile_totals = tile_totals;
+  resona::Shape s{};
+  s.batch = p.batch, s.queries = p.queries, s.context = p.context, s.retrieval_heads = p.heads;
+  s.chunk_size = p.chunk_size, s.top_k = p.top_k;
+  const resona::CudaIndexPlan plan = plan_index_cuda(s, stages::kDevice);
+  resona::Workspace workspace(stages::workspace_of(a, plan.workspace_bytes));
+  const resona::IndexArrays lists =
+      build_index({s, p.indices, p.packed, 1, p.segment, 0, 0, false}, plan, workspace, {});
+  p.slots = lists.sorted_slots, p.offsets = lists.offsets;
+  p.tile_begin = lists.tile_begin, p.tile_totals = lists.tile_totals;
 }
 
 template <class T>
