@@ -59,7 +59,7 @@ class Passes:
             name,
             "a forward of the whole model",
             "a layer by itself. If torch.utils.checkpoint recomputes whole blocks, use the model's "
-            "own gradient_checkpointing_enable(), or checkpoint within the blocks",
+            "own activation_checkpointing_enable(), or checkpoint within the blocks",
         )
 
     # --- Hooks -----------------------------------------------------------------------------------
