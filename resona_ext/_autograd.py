@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-ops = torch.ops.resona
+from . import _prefix
 
-_DECODE_TENSORS = tuple(a.name for a in ops.decode_step.default._schema.arguments)
+ops = torch.ops.resona
 
 
 def _setup_pool_chunks(ctx, inputs, output):
@@ -161,17 +161,24 @@ def _refuse_tangents(name: str, arguments) -> None:
             )
 
 
-def _raw_decode_step(keyset, *args, **kwargs):
-    if torch.is_grad_enabled():
-        for argument, t in zip(_DECODE_TENSORS, args, strict=False):
-            if isinstance(t, torch.Tensor) and t.requires_grad:
-                raise RuntimeError(
-                    f"resona::decode_step: {argument}: expected no gradient, as the step has no backward, "
-                    "got requires_grad=True. Call it under torch.no_grad()."
-                )
-    with torch._C._AutoDispatchBelowAutograd():
-        below = keyset & torch._C._after_autograd_keyset
-        return ops.decode_step.default.redispatch(below, *args, **kwargs)
+def _raw(name: str):
+    """A step in place: below autograd as it is, refused where a gradient would be lost."""
+    op = getattr(ops, name).default
+    arguments = tuple(a.name for a in op._schema.arguments)
+
+    def kernel(keyset, *args, **kwargs):
+        if torch.is_grad_enabled():
+            for argument, t in zip(arguments, args, strict=False):
+                if isinstance(t, torch.Tensor) and t.requires_grad:
+                    raise RuntimeError(
+                        f"resona::{name}: {argument}: expected no gradient, as the step has no backward, "
+                        "got requires_grad=True. Call it under torch.no_grad()."
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            below = keyset & torch._C._after_autograd_keyset
+            return op.redispatch(below, *args, **kwargs)
+
+    return kernel
 
 
 class _ReverseModeLibrary(torch.library.Library):
@@ -194,12 +201,19 @@ def register() -> torch.library.Library:
         ("retrieve", _setup_retrieve, _backward_retrieve),
         ("attend", _setup_attend, _backward_attend),
         ("fused_retrieve_attend", _setup_fused, _backward_fused),
+        ("prefix_linear_attention", _prefix.setup_context, _prefix.backward),
         ("_pool_chunks_backward", None, _refuse_double_backward("_pool_chunks_backward")),
         ("_retrieve_backward", None, _refuse_double_backward("_retrieve_backward")),
         ("_attend_backward", None, _refuse_double_backward("_attend_backward")),
+        (
+            "_prefix_linear_attention_backward",
+            None,
+            _refuse_double_backward("_prefix_linear_attention_backward"),
+        ),
     ):
         torch.library.register_autograd(
             f"resona::{name}", backward, setup_context=setup, lib=library
         )
-    library.impl("decode_step", _raw_decode_step, "Autograd", with_keyset=True)
+    for name in ("decode_step", "prefix_linear_attention_step"):
+        library.impl(name, _raw(name), "Autograd", with_keyset=True)
     return library

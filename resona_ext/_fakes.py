@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import _prefix
 from ._checks import (
     accumulation_dtype,
     check_attend,
@@ -201,3 +202,4 @@ def register() -> None:
     ):
         name = fake.__name__ if fake.__name__.endswith("_backward") else fake.__name__[1:]
         torch.library.register_fake(f"resona::{name}", fake)
+    _prefix.register_fakes()

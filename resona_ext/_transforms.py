@@ -11,29 +11,45 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import _prefix
+
 ops = torch.ops.resona
 
-# Arguments that autocast casts and vmap folds, by position. Everything else is per head or a setting.
+# Arguments that vmap folds, by position. Everything else is per head or a setting.
 ROWS = {
     "pool_chunks": (0,),
     "retrieve": (0, 1),
     "attend": (0, 1, 2, 3, 5),
     "fused_retrieve_attend": (0, 1, 2, 3, 4),
+    "prefix_linear_attention": (0, 1, 2, 3, 4, 5, 6, 8, 9),
 }
+# Those of them that autocast casts.
+CAST = {**ROWS, "attend": (0, 1, 2), "prefix_linear_attention": (0, 1, 2, 3, 4)}
 # Position of cu_seqlens.
-PACKED = {"pool_chunks": 2, "retrieve": 5, "attend": 7, "fused_retrieve_attend": 9}
-OUTPUTS = {"pool_chunks": 1, "retrieve": 2, "attend": 2, "fused_retrieve_attend": 4}
+PACKED = {
+    "pool_chunks": 2,
+    "retrieve": 5,
+    "attend": 7,
+    "fused_retrieve_attend": 9,
+    "prefix_linear_attention": 7,
+}
+OUTPUTS = {
+    "pool_chunks": 1,
+    "retrieve": 2,
+    "attend": 2,
+    "fused_retrieve_attend": 4,
+    "prefix_linear_attention": 3,
+}
 
 
 def _autocast_kernel(name: str, device_type: str):
     op = getattr(ops, name).default
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, "Autocast" + device_type.upper()))
-    cast_positions = [i for i in ROWS[name] if not (name == "attend" and i > 2)]
 
     def kernel(_, *args, **kwargs):
         dtype = torch.get_autocast_dtype(device_type)
         args = list(args)
-        for i in cast_positions:
+        for i in CAST[name]:
             if args[i].is_floating_point() and args[i].dtype != torch.float64:
                 args[i] = args[i].to(dtype)
         with torch._C._ExcludeDispatchKeyGuard(keys):
@@ -156,6 +172,8 @@ def _register_flops() -> None:
         **kwargs,
     ):
         return 5 * _attend_flops(query_shape, indices[3] * chunk_size) // 2
+
+    _prefix.register_flops()
 
 
 def register() -> torch.library.Library:

@@ -21,12 +21,6 @@ namespace {
 // and a step is one of many short calls.
 constexpr int64_t kWorthAThread = 1 << 20;
 
-class Caller final : public Executor {
- public:
-  int64_t threads() const override { return 1; }
-  void run(int64_t, const std::function<void()>& body) const override { body(); }
-};
-
 // The best chunks of one range, best first.
 template <class A>
 struct Best {

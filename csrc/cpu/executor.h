@@ -20,6 +20,13 @@ class Executor {
   virtual void run(int64_t workers, const std::function<void()>& body) const = 0;
 };
 
+// The caller's own thread, for work too small for several.
+class Caller final : public Executor {
+ public:
+  int64_t threads() const override { return 1; }
+  void run(int64_t, const std::function<void()>& body) const override { body(); }
+};
+
 // Calls task(scratch, i) for i = tasks - 1 ... 0; make_scratch() is called once per worker.
 template <class MakeScratch, class Task>
 void for_each_task(const Executor& executor, int64_t tasks, const MakeScratch& make_scratch,

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "common/decode_problem.h"
+#include "common/prefix_problem.h"
 #include "common/problem.h"
 #include "ops/tensor.h"
 
@@ -25,6 +26,9 @@ class Backend {
   virtual void attend(const AttendProblem&) const = 0;
   virtual void attend_backward(const AttendBackwardProblem&) const = 0;
   virtual void decode_step(const DecodeProblem&) const = 0;
+  virtual void prefix_linear_attention(const PrefixProblem&) const = 0;
+  virtual void prefix_linear_attention_backward(const PrefixBackwardProblem&) const = 0;
+  virtual void prefix_linear_attention_step(const PrefixStepProblem&) const = 0;
 };
 
 std::unique_ptr<Backend> make_cpu_backend();

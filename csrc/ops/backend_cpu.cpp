@@ -1,4 +1,5 @@
 #include "cpu/decode.h"
+#include "cpu/prefix.h"
 #include "cpu/stages.h"
 #include "ops/backend.h"
 #include "ops/executor.h"
@@ -30,6 +31,15 @@ class CpuBackend final : public Backend {
   }
   void decode_step(const DecodeProblem& p) const override {
     cpu::decode_step(p, plan_attend(p.shape, p.query.dtype, device_), executor_);
+  }
+  void prefix_linear_attention(const PrefixProblem& p) const override {
+    cpu::prefix_linear_attention(p, plan_prefix(p.shape), executor_);
+  }
+  void prefix_linear_attention_backward(const PrefixBackwardProblem& p) const override {
+    cpu::prefix_linear_attention_backward(p, plan_prefix(p.forward.shape), executor_);
+  }
+  void prefix_linear_attention_step(const PrefixStepProblem& p) const override {
+    cpu::prefix_linear_attention_step(p, executor_);
   }
 
  private:

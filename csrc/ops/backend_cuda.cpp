@@ -59,13 +59,22 @@ class CudaBackend final : public Backend {
         plan_attend_backward_cuda(f.shape, f.query.dtype, cuda_facts(vector_rows, f.packed),
                                   f.bias != nullptr, f.sink != nullptr, call_.device()));
   }
-  void decode_step(const DecodeProblem&) const override {
-    throw std::runtime_error(
-        "resona::decode_step: query: expected device cpu, as this version has no CUDA kernel for it, got "
-        "cuda");
+  void decode_step(const DecodeProblem&) const override { refuse("decode_step"); }
+  void prefix_linear_attention(const PrefixProblem&) const override { refuse("prefix_linear_attention"); }
+  void prefix_linear_attention_backward(const PrefixBackwardProblem&) const override {
+    refuse("_prefix_linear_attention_backward");
+  }
+  void prefix_linear_attention_step(const PrefixStepProblem&) const override {
+    refuse("prefix_linear_attention_step");
   }
 
  private:
+  [[noreturn]] static void refuse(const std::string& op) {
+    throw std::runtime_error(
+        "resona::" + op +
+        ": query: expected device cpu, as this version has no CUDA kernel for it, got cuda");
+  }
+
   template <class Problem, class Plan>
   void run(void (*stage)(const Problem&, const Plan&, void*, cuda::Stream), const Problem& p,
            const Plan& plan) const {

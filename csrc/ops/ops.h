@@ -46,4 +46,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_step(
     int64_t chunk_size, int64_t top_k, const OptionalTensor& score_scale, const OptionalTensor& sink,
     std::optional<double> scale);
 
+std::tuple<Tensor, Tensor, Tensor> prefix_linear_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
+    const Tensor& prefix_value, const OptionalTensor& prefix_lengths, const OptionalTensor& mask,
+    const OptionalTensor& cu_seqlens, const OptionalTensor& initial_state,
+    const OptionalTensor& initial_normalizer, std::optional<double> scale);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_linear_attention_backward(
+    const Tensor& out_gradient, const OptionalTensor& state_gradient,
+    const OptionalTensor& normalizer_gradient, const Tensor& out, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& prefix_key, const Tensor& prefix_value,
+    const OptionalTensor& prefix_lengths, const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& initial_state, const OptionalTensor& initial_normalizer,
+    std::optional<double> scale);
+
+// Updates state and normalizer in place.
+Tensor prefix_linear_attention_step(const Tensor& query, const Tensor& key, const Tensor& value,
+                                    const Tensor& state, const Tensor& normalizer, const OptionalTensor& mask,
+                                    std::optional<double> scale);
+
 }  // namespace resona::ops

@@ -21,6 +21,9 @@ void implement(Library& m) {
   m.impl("attend", TORCH_BOX(&resona::ops::attend));
   m.impl("fused_retrieve_attend", TORCH_BOX(&resona::ops::fused_retrieve_attend));
   m.impl("decode_step", TORCH_BOX(&resona::ops::decode_step));
+  m.impl("prefix_linear_attention", TORCH_BOX(&resona::ops::prefix_linear_attention));
+  m.impl("prefix_linear_attention_step", TORCH_BOX(&resona::ops::prefix_linear_attention_step));
+  m.impl("_prefix_linear_attention_backward", TORCH_BOX(&resona::ops::prefix_linear_attention_backward));
   m.impl("_pool_chunks_backward", TORCH_BOX(&resona::ops::pool_chunks_backward));
   m.impl("_retrieve_backward", TORCH_BOX(&resona::ops::retrieve_backward));
   m.impl("_attend_backward", TORCH_BOX(&resona::ops::attend_backward));
@@ -53,6 +56,26 @@ STABLE_TORCH_LIBRARY(resona, m) {
       "Tensor(e!) history, Tensor(f!) lengths, SymInt chunk_size, SymInt top_k, Tensor? score_scale=None, "
       "Tensor? sink=None, *, float? scale=None) "
       "-> (Tensor out, Tensor lse, Tensor indices, Tensor scores)");
+
+  // -> out [B, T, H, V], state [n, H, F, V], normalizer [n, H, F]; F = 1 + f + f^2, n = B or packed sequences
+  m.def(
+      "prefix_linear_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor "
+      "prefix_value, "
+      "Tensor? prefix_lengths=None, Tensor? mask=None, Tensor? cu_seqlens=None, Tensor? initial_state=None, "
+      "Tensor? initial_normalizer=None, *, float? scale=None) "
+      "-> (Tensor out, Tensor state, Tensor normalizer)");
+  // One new token per sequence; raw, as decode_step
+  m.def(
+      "prefix_linear_attention_step(Tensor query, Tensor key, Tensor value, Tensor(a!) state, "
+      "Tensor(b!) normalizer, Tensor? mask=None, *, float? scale=None) -> Tensor");
+  // the last two have no elements where there is no initial state
+  m.def(
+      "_prefix_linear_attention_backward(Tensor out_gradient, Tensor? state_gradient, "
+      "Tensor? normalizer_gradient, Tensor out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
+      "Tensor prefix_value, Tensor? prefix_lengths=None, Tensor? mask=None, Tensor? cu_seqlens=None, "
+      "Tensor? initial_state=None, Tensor? initial_normalizer=None, *, float? scale=None) "
+      "-> (Tensor query_gradient, Tensor key_gradient, Tensor value_gradient, Tensor prefix_key_gradient, "
+      "Tensor prefix_value_gradient, Tensor initial_state_gradient, Tensor initial_normalizer_gradient)");
 
   m.def(
       "_pool_chunks_backward(Tensor chunk_gradient, Tensor context_embedding, SymInt chunk_size, "
