@@ -4,14 +4,16 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CUDA_TOOLKIT := build/cuda-toolkit
+# Of `make wheel` and `make cuda-toolkit`. 13.0, the oldest 13: every driver that runs CUDA 13 can translate the PTX
+# it writes.
+CUDA ?= 13.0
 SETTINGS := $(PYTHON) $(RESONA_USE_CUDA) $(RESONA_PYBIND) $(CMAKE_ARGS) $(TORCH_CUDA_ARCH_LIST) \
-  $(CUDACXX) $(CUDA_HOME) $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_TOOLKIT)/.ready)
+  $(CUDACXX) $(CUDA_HOME) $(shell command -v nvcc 2>/dev/null) $(wildcard build/cuda-toolkit/*/.ready)
 CPP := find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.inc'
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml resona_ext/version.py
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench cuda-toolkit lint format clean FORCE
+.PHONY: help build demo test bench cuda-toolkit wheel lint format clean FORCE
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,7 +29,11 @@ test: build  ## run all tests
 bench: build  ## time the operator against its peers; ARGS="--help" lists the options
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
-cuda-toolkit: $(CUDA_TOOLKIT)/.ready  ## bring nvcc as pip packages, used where no other is found
+cuda-toolkit: .venv/.ready  ## bring nvcc as pip packages, used where no other is found; CUDA=13.0 chooses
+	$(BIN)/python -m tools.wheel --toolkit $(CUDA)
+
+wheel: .venv/.ready  ## build a wheel into dist/; CUDA=cpu, 13.0, 13.1, ... chooses
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.wheel --cuda $(CUDA)
 
 lint: .venv/.ready  ## check style of Python and C++
 	$(BIN)/ruff check .
@@ -46,13 +52,6 @@ clean:  ## remove build products and the environment
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "resona_ext: expected Python >= 3.10, got " + sys.version)'
 	$(PYTHON) -m venv .venv || { echo "resona_ext: '$(PYTHON) -m venv' failed; on Debian install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet -r constraints.txt
-	@touch $@
-
-# The packages lie apart from .venv, which holds what runs, not what compiles. nvcc looks for its libraries in lib64.
-$(CUDA_TOOLKIT)/.ready: constraints-cuda.txt .venv/.ready
-	rm -rf $(CUDA_TOOLKIT)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(CUDA_TOOLKIT) -r constraints-cuda.txt
-	ln -s lib $(CUDA_TOOLKIT)/nvidia/cu13/lib64
 	@touch $@
 
 resona_ext/libresona.so: .venv/.ready build/.settings $(SOURCES)

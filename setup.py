@@ -1,7 +1,8 @@
 """Drives CMake. Imports no torch and fetches nothing, so metadata and sdist need neither.
 
 Environment: RESONA_USE_CUDA (auto, 0, 1), RESONA_PYBIND (auto, 0, 1), MAX_JOBS, CMAKE_ARGS; for CUDA also
-TORCH_CUDA_ARCH_LIST, CUDACXX and CUDA_HOME.
+TORCH_CUDA_ARCH_LIST, CUDACXX, CUDA_HOME and NVCC_THREADS. tools/wheel sets RESONA_WHEEL_LABEL,
+RESONA_PYTHONS, RESONA_LINK_STUBS and RESONA_BUILD_DIR too.
 """
 
 import os
@@ -13,35 +14,71 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = (ROOT / "resona_ext" / "version.py").read_text().split('"')[1]
-# A compiler peaks at 0.22 GB (g++ 12 on csrc/ops/register.cpp) or 0.25 GB (nvcc 13.0 on csrc/cuda/launch.cu),
-# and nvcc runs two at a time.
-BYTES_PER_JOB = 1 << 29
+# Of PEP 440's local labels (0.1.0+cu130), which never go to PyPI.
+LABEL = os.environ.get("RESONA_WHEEL_LABEL")
+HOST_BYTES = 1 << 29
+DEVICE_BYTES_PER_THREAD = 1 << 29
 
 
-def jobs() -> int:
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+def count(variable: str, default: int) -> int:
+    """A positive number from the environment."""
+    text = os.environ.get(variable) or str(default)
+    if not text.isdigit() or int(text) < 1:
+        raise SystemExit(f"resona_ext: {variable}: expected a number from 1 on, got {text!r}")
+    return int(text)
+
+
+def nvcc_threads() -> int:
+    """Architectures that one nvcc compiles at a time."""
+    return count("NVCC_THREADS", 2)
+
+
+def available_memory() -> int | None:
+    """What the system can give without swapping, and the container too; None where nobody knows."""
     try:
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        memory = BYTES_PER_JOB
-    return max(1, min(os.cpu_count() or 1, memory // BYTES_PER_JOB))
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+        )
+    except (OSError, StopIteration):
+        return None
+    try:
+        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        held = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if most == "max" else min(free, int(most) - held)
+
+
+def jobs(cuda: bool) -> int:
+    """Compilers at a time: as many as there are cores, and as fit into memory."""
+    each = max(HOST_BYTES, DEVICE_BYTES_PER_THREAD * nvcc_threads()) if cuda else HOST_BYTES
+    memory = available_memory()
+    fit = 1 if memory is None else memory // each
+    return count("MAX_JOBS", max(1, min(os.cpu_count() or 1, fit)))
 
 
 def find_nvcc() -> str | None:
     """The compiler that the environment names, else one on PATH, else what `make cuda-toolkit` brought."""
     home = os.environ.get("CUDA_HOME")
-    brought = ROOT / "build" / "cuda-toolkit" / "nvidia" / "cu13" / "bin"
+    brought = sorted((ROOT / "build" / "cuda-toolkit").glob("*/nvidia/cu13/bin"))
     return (
         os.environ.get("CUDACXX")
         or (home and shutil.which("nvcc", path=os.path.join(home, "bin")))
         or shutil.which("nvcc")
-        or shutil.which("nvcc", path=str(brought))
+        # The oldest: every driver that runs CUDA 13 can translate the PTX that 13.0 writes.
+        or (shutil.which("nvcc", path=str(brought[0])) if brought else None)
     )
+
+
+def cmake_list(variable: str) -> str:
+    """Paths from the environment, as CMake separates them."""
+    return ";".join(filter(None, os.environ.get(variable, "").split(os.pathsep)))
 
 
 def forget_other_compiler(build: Path, nvcc: str | None) -> None:
@@ -55,6 +92,16 @@ def forget_other_compiler(build: Path, nvcc: str | None) -> None:
             shutil.rmtree(detected)
 
 
+def compiler_cache() -> list[str]:
+    """ccache where it is on PATH, unless the environment names a launcher of its own."""
+    ccache = shutil.which("ccache")
+    return [
+        f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}"
+        for language in ("CXX", "CUDA")
+        if ccache and f"CMAKE_{language}_COMPILER_LAUNCHER" not in os.environ
+    ]
+
+
 class CMakeBuild(build_ext):
     """One CMake run builds the operator library and, where pybind11 is at hand, resona_ext._C."""
 
@@ -65,8 +112,15 @@ class CMakeBuild(build_ext):
 
     def build_extensions(self) -> None:
         target = Path(self.get_ext_fullpath("resona_ext.libresona")).resolve().parent
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        build.mkdir(parents=True, exist_ok=True)
+        default = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = Path(os.environ.get("RESONA_BUILD_DIR") or default)
+        try:
+            build.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(
+                f"resona_ext: {build}: expected a folder to build in, got: {error.strerror}. Set "
+                "RESONA_BUILD_DIR to one that can be written."
+            ) from error
         ninja = shutil.which("ninja")
         if shutil.which("cmake") is None or ninja is None:
             raise SystemExit(
@@ -90,19 +144,34 @@ class CMakeBuild(build_ext):
             f"-DRESONA_USE_CUDA={cuda}",
             *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
             f"-DRESONA_PYBIND={os.environ.get('RESONA_PYBIND', 'auto')}",
+            f"-DRESONA_PYTHONS={cmake_list('RESONA_PYTHONS')}",
+            f"-DRESONA_LINK_STUBS={os.environ.get('RESONA_LINK_STUBS', '')}",
+            f"-DRESONA_NVCC_THREADS={nvcc_threads()}",
+            *compiler_cache(),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.check_call(configure)
-        subprocess.check_call(["cmake", "--build", str(build), "--parallel", str(jobs())])
+        parallel = str(jobs(cuda=nvcc is not None))
+        for command in (configure, ["cmake", "--build", str(build), "--parallel", parallel]):
+            if status := subprocess.call(command):
+                raise SystemExit(
+                    f"resona_ext: `{command[0]} {command[1]}` stopped with status {status}"
+                )
         self.extensions = [
             e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()
         ]
 
 
+class Wheel(bdist_wheel):
+    """For every Python: the library has no symbols of Python, and resona_ext._C is optional at import."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
-    version=VERSION,
+    version=f"{VERSION}+{LABEL}" if LABEL else VERSION,
     # Named here, and not left to plug-ins: other build tools in the environment may register one that
     # would take over build_ext.
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
     ext_modules=[Extension("resona_ext.libresona", []), Extension("resona_ext._C", [])],
 )

@@ -6,6 +6,7 @@ here, each part in its own module: fakes (torch.compile, export), autograd, auto
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -21,7 +22,9 @@ torch.ops.load_library(str(LIBRARY))
 
 resona = torch.ops.resona
 
-from . import _autograd, _fakes, _transforms  # noqa: E402
+from . import _autograd, _cuda, _fakes, _transforms  # noqa: E402
 
+_build = json.loads(resona._build_info())
+_cuda.warn_if_expected(_cuda.collect(_build["cuda"], _build["cuda_architectures"], gpus=False))
 _fakes.register()
 _libraries = (_autograd.register(), _transforms.register())

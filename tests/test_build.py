@@ -123,7 +123,7 @@ def test_which_nvcc_is_used(tmp_path, monkeypatch):
         "CUDACXX": tmp_path / "named" / "nvcc",
         "CUDA_HOME": tmp_path / "home" / "bin" / "nvcc",
         "PATH": tmp_path / "path" / "nvcc",
-        "toolkit": tmp_path / "build" / "cuda-toolkit" / "nvidia" / "cu13" / "bin" / "nvcc",
+        "toolkit": tmp_path / "build/cuda-toolkit/13.0/nvidia/cu13/bin/nvcc",
     }
     find_nvcc = setup_functions(monkeypatch, tmp_path)["find_nvcc"]
     for variable in ("CUDACXX", "CUDA_HOME"):

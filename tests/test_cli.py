@@ -366,7 +366,7 @@ def test_demo_quick_end_to_end(tmp_path):
 def test_info_json_parses_and_holds_the_facts(capsys):
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts) == {"package", "build", "machine"}
+    assert set(facts) == {"package", "build", "cuda", "machine"}
     assert facts["machine"]["torch"] == torch.__version__
     assert facts["machine"]["threads"] == torch.get_num_threads()
     assert facts["build"] == json.loads(torch.ops.resona._build_info())

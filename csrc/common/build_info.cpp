@@ -22,11 +22,13 @@ std::vector<std::string> words_of(const std::string& text) {
 
 }  // namespace
 
+std::string cuda_architectures() { return RESONA_CUDA_ARCHITECTURES; }
+
 std::string build_info(const std::vector<std::string>& instruction_sets, const std::string& selected) {
   return "{" + quoted("version") + ": " + quoted(RESONA_VERSION) + ", " + quoted("compiler") + ": " +
          quoted(RESONA_COMPILER) + ", " + quoted("torch_target") + ": " + quoted(RESONA_TORCH_TARGET) + ", " +
          quoted("cuda") + ": " + quoted(RESONA_CUDA) + ", " + quoted("cuda_architectures") + ": " +
-         list_of(words_of(RESONA_CUDA_ARCHITECTURES)) + ", " + quoted("cpu_isas") + ": " +
+         list_of(words_of(cuda_architectures())) + ", " + quoted("cpu_isas") + ": " +
          list_of(instruction_sets) + ", " + quoted("cpu_isa") + ": " + quoted(selected) + "}";
 }
 

@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "common/build_info.h"
+
 namespace resona::cuda {
 namespace {
 
@@ -17,14 +19,26 @@ std::string text_of(const Grid& g) {
   return "[" + std::to_string(g.x) + ", " + std::to_string(g.y) + ", " + std::to_string(g.z) + "]";
 }
 
+// What helps where the library holds nothing that the device can run.
+std::string remedy(cudaError_t error) {
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion &&
+      error != cudaErrorInvalidPtx)
+    return "";
+  return " (built for " + cuda_architectures() +
+         "; TORCH_CUDA_ARCH_LIST builds for other GPUs, and PTX, compute_*, needs a driver at least as new "
+         "as "
+         "the compiler)";
+}
+
 // CUDA keeps the last error for whoever asks next; it is taken back here, so a refused launch spoils nothing.
 void require(cudaError_t error, const char* step, const Launch& l) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
   throw std::runtime_error("resona::cuda: " + std::string(l.name) + ": expected success of " + step +
                            " (grid " + text_of(l.grid) + ", " + std::to_string(l.threads) + " threads, " +
-                           std::to_string(l.shared_bytes) + " bytes of dynamic shared memory; plan: " +
-                           l.plan + "), got " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+                           std::to_string(l.shared_bytes) +
+                           " bytes of dynamic shared memory; plan: " + l.plan + "), got " +
+                           cudaGetErrorName(error) + ": " + cudaGetErrorString(error) + remedy(error));
 }
 
 void check_grid(const Launch& l) {

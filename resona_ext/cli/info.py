@@ -1,4 +1,7 @@
-"""Print what this build contains and what machine it runs on."""
+"""Print what this build contains, what machine it runs on, and whether CUDA is usable, and why.
+
+Paste it into a report of a problem.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import argparse
 import importlib
 import json
 import platform
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from .. import _cuda
 from ..version import __version__
 from . import machine
 
@@ -32,21 +38,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 def collect() -> dict[str, dict]:
     """Everything that `info` knows, as plain JSON values."""
+    build = _build_info()
     return {
         "package": {
             "version": __version__,
+            "installed as": _distribution(),
             "library": _library_path(),
             "pybind module resona_ext._C": _pybind_module(),
         },
-        "build": _build_info(),
+        "build": build,
+        "cuda": _cuda_state(build),
         "machine": {
             "cpu": machine.cpu_model(),
             "threads": torch.get_num_threads(),
-            "cuda devices": machine.cuda_devices(),
             "system": platform.platform(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torch cuda": torch.version.cuda,
         },
     }
 
@@ -63,6 +70,28 @@ def _build_info() -> dict:
     except AttributeError:
         return {"error": "the loaded library has no resona::_build_info"}
     return json.loads(build_info())
+
+
+def _distribution() -> str | None:
+    """The wheel's version with its label (0.1.0+cu130); None in a checkout that is not installed."""
+    try:
+        return metadata.version("resona_ext")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda_state(build: dict) -> dict:
+    facts = _cuda.collect(build.get("cuda", "none"), build.get("cuda_architectures", []), gpus=True)
+    found = _cuda.verdict(facts)
+    return {
+        "usable": found.usable,
+        "why": found.reason,
+        "what to do": found.remedy,
+        "driver": _cuda.driver_release(),
+        "driver knows CUDA": facts.driver and ".".join(map(str, facts.driver)),
+        "torch cuda": facts.torch_cuda,
+        "gpus": [asdict(gpu) for gpu in facts.gpus],
+    }
 
 
 def _pybind_module() -> str:

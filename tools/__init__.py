@@ -1,0 +1,1 @@
+"""Programs that work on the project and are not part of the package."""
