@@ -28,7 +28,7 @@ class NamedLayers(Family):
         missing = [name for name in names if name not in modules or not name]
         require(not missing, "layers", "names of modules of the model", missing)
         require(not hasattr(model, CHILD), "model", f"no attribute {CHILD}", "one")
-        owner = nn.ModuleList([nn.Module() for _ in names])
+        owner = nn.ModuleList()
         sites = [
             Site(name, modules[name], modules[name], owner, str(i)) for i, name in enumerate(names)
         ]
