@@ -9,17 +9,24 @@ from .functional import (
     retrieve,
     retrieve_attend,
 )
+from .integrations import Augmentation, augment, load_resona, save_resona
 from .layer import Resona
+from .precomputed import PrecomputedRetrieval
 from .version import __version__
 
 __all__ = [
+    "Augmentation",
     "ChunkCache",
+    "PrecomputedRetrieval",
     "Resona",
     "RetrieveAttendAux",
     "RetrieveResult",
     "__version__",
     "attend",
+    "augment",
+    "load_resona",
     "pool_chunks",
     "retrieve",
     "retrieve_attend",
+    "save_resona",
 ]

@@ -3,7 +3,7 @@
 None of those libraries is imported here or needed; each is recognised when its model arrives.
 """
 
-from .augment import Augmentation, augment
+from .augmentation import Augmentation, augment
 from .saving import load_resona, save_resona
 
 __all__ = ["Augmentation", "augment", "load_resona", "save_resona"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layer import Resona
 from ._errors import complain, require
-from .augment import ATTRIBUTE, Augmentation, augment, settings_with_defaults
+from .augmentation import ATTRIBUTE, Augmentation, augment, settings_with_defaults
 
 FORMAT = "resona_ext 1"
 CUSTOM = "custom"  # a context encoder given as a callable, which no file can hold
