@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import harness
 import numpy as np
 import torch
 from cases import Case
@@ -16,6 +17,7 @@ from resona_ext import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ANY = SCHEDULES[0]
+PATHS = ["query", "query_mma", "dense", "chunk"]  # of common/plan_attend_cuda.h
 
 
 def name_of(value) -> str:
@@ -190,3 +192,21 @@ def poison(p: Attention) -> None:
         unused = (indices < 0) | (indices >= late)
         bias[unused] = math.nan
         bias[~unused & (torch.rand(bias.shape) < 0.1)] = -math.inf
+
+
+def planned(p: Attention, range=0, sms=2) -> tuple[Case, str]:
+    """The whole stage with the workspace that its plan asks for, and the path that the plan takes."""
+    case = p.case("stage_attend", distinct=int(p.distinct), range=range, sms=sms)
+    case.workspace.pop("chunk_begin", None)
+    facts = np.zeros(2, np.int64)
+    harness.build("plain").run("stage_attend_plan", case.inputs, {"facts": facts}, **case.scalars)
+    if facts[0] > 0:
+        case.workspace["workspace"] = np.empty(int(facts[0]), np.uint8)
+    return case, PATHS[facts[1]]
+
+
+def attend_case(p: Attention, path: str, **options) -> Case:
+    """A case, once the plan says that it takes this path."""
+    case, taken = planned(p, **options)
+    assert taken == path
+    return case

@@ -1,24 +1,8 @@
 """The CUDA side of attend in the simulator, from the problem on: plan, launches and kernels of every path."""
 
-import harness
-import numpy as np
 import pytest
-from attend_cases import ANY, DTYPES, Attention, name_of, poison
+from attend_cases import ANY, DTYPES, PATHS, Attention, attend_case, name_of, poison
 from harness import SCHEDULES
-
-PATHS = ["query", "query_mma", "dense", "chunk"]  # of common/plan_attend_cuda.h
-
-
-def attend_case(p: Attention, path: str, range=0, sms=2):
-    """A case, once the plan says that it takes this path."""
-    case = p.case("stage_attend", distinct=int(p.distinct), range=range, sms=sms)
-    case.workspace.pop("chunk_begin", None)
-    facts = np.zeros(2, np.int64)
-    harness.build("plain").run("stage_attend_plan", case.inputs, {"facts": facts}, **case.scalars)
-    assert PATHS[facts[1]] == path
-    if facts[0] > 0:
-        case.workspace["workspace"] = np.empty(int(facts[0]), np.uint8)
-    return case
 
 
 def problem(path: str, dtype, **changes) -> Attention:
