@@ -37,6 +37,7 @@ def parameters(stage, **changes):
 def test_stages_in_order():
     names = [stage.name for stage in plan().stages]
     assert names == [
+        "fused",
         "pool",
         "search",
         "attend",

@@ -40,6 +40,15 @@ RESONA_HD FilterError tf32x3_error(int64_t n) {
 
 constexpr int64_t kLongestFilterRow = int64_t{1} << 20;
 
+// What pool_chunks writes has either a NaN or a norm of at most this, for rows in the filter's range:
+//   sum_e / norm in fp64 is off by less than 2^-30 of its size, for the sum of n <= 2^20 squares is off by
+//   less than n 2^-53; squares of fp32 numbers neither overflow nor underflow there;
+//   rounding to fp32 and then to the dtype adds at most 2^-24 + 2^-8 (bf16) of each element, and below the
+//   dtype's normal range at most 2^-25 (fp16) to each of n elements, hence 2^-25 sqrt(n) <= 2^-15 to the
+//   norm.
+// An infinite sum makes the norm infinite, so its elements are 0 or NaN.
+constexpr double kLargestUnitNorm = 1 + 0x1p-7;
+
 // Whether a tensor core's products of these norms stay far from overflow and underflow. False for NaN.
 RESONA_HD bool in_filter_range(double query_norm, double largest_chunk_norm, int64_t n) {
   return query_norm > 0x1p-30 && query_norm < 0x1p30 && largest_chunk_norm < 0x1p30 && n <= kLongestFilterRow;

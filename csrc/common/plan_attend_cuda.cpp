@@ -14,6 +14,7 @@ constexpr int64_t kRowsPerList = 16;     // on average; with fewer, keys are loa
 constexpr int64_t kQueryBlocksPerSm = 16, kChunkBlocksPerSm = 3, kMergeBlocksPerSm = 16;
 constexpr int64_t kMostItemRows = 512, kRowTile = 64;
 constexpr int64_t kThreads = 128;
+constexpr int64_t kLeastRangeBytes = 128 << 20;  // whatever the rest of the call takes
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -110,13 +111,14 @@ void size_range(CudaAttendPlan& plan, const Shape& s, int64_t batch, int64_t que
   range.queries = s.queries == 0 ? 0 : (s.queries - 1) % queries + 1;
   plan.last_index = plan_index_cuda(range, device);
   Workspace counting;
+  take_chunk_begin(plan.sequences, counting);
   take_attend(plan, s, counting);
   plan.workspace_bytes =
       counting.bytes() + std::max(plan.index.workspace_bytes, plan.last_index.workspace_bytes);
 }
 
-bool fits(const CudaAttendPlan& plan) {
-  return plan.workspace_bytes <= kCudaWorkspaceBytes && plan.index.slots < int64_t{1} << 31 &&
+bool fits(const CudaAttendPlan& plan, int64_t most_bytes) {
+  return plan.workspace_bytes <= most_bytes && plan.index.slots < int64_t{1} << 31 &&
          plan.index.keys < (int64_t{1} << 32) - 1;
 }
 
@@ -126,12 +128,21 @@ void plan_chunks(CudaAttendPlan& plan, const Shape& s, const CudaAttendFacts& f,
   plan.reason = "keys and values of a chunk stay while the rows that selected it pass: fewest bytes per row";
   plan.half_partials = f.dtype == DType::kBFloat16;
   plan_chunk_tiles(plan, s, f, device);
-  size_range(plan, s, s.batch, s.queries, device);
-  if (!fits(plan)) size_range(plan, s, 1, s.queries, device);
-  // Equal ranges, as few as fit; the bytes grow with the queries, so the first guess is at most a few short.
-  int64_t ranges = ceil_div(plan.workspace_bytes, kCudaWorkspaceBytes) - 1;
-  while (!fits(plan) && plan.range_queries > kRowTile)
-    size_range(plan, s, 1, ceil_div(ceil_div(s.queries, ++ranges), kRowTile) * kRowTile, device);
+  const int64_t most_bytes = std::max(kCudaWorkspaceBytes - f.reserved_bytes, kLeastRangeBytes);
+  const auto whole_batch = [&](int64_t batch) {
+    size_range(plan, s, batch, s.queries, device);
+    return fits(plan, most_bytes);
+  };
+  if (!whole_batch(s.batch) && !whole_batch(1)) {
+    const auto tiles_fit = [&](int64_t tiles) {
+      size_range(plan, s, 1, tiles * kRowTile, device);
+      return fits(plan, most_bytes);
+    };
+    // Equal ranges, as few as fit.
+    const int64_t most = largest_that_fits(ceil_div(s.queries, kRowTile), tiles_fit) * kRowTile;
+    const int64_t ranges = ceil_div(s.queries, most);
+    tiles_fit(ceil_div(ceil_div(s.queries, ranges), kRowTile));
+  }
   if (plan.range_queries < s.queries || plan.range_batch < s.batch)
     plan.reason =
         "keys and values of a chunk stay while its rows pass; ranges of queries bound the workspace";
@@ -158,14 +169,23 @@ CudaAttendPlan plan_attend_cuda(const Shape& s, const CudaAttendFacts& f, const 
     plan_lanes(plan, s, f, device);
   }
   Workspace counting;
-  take_attend(plan, s, counting);
+  take_chunk_begin(plan.sequences, counting);
   plan.workspace_bytes = counting.bytes();
   return plan;
 }
 
+int64_t launches_of(const CudaAttendPlan& plan, const Shape& s) {
+  if (plan.path != AttendPath::kChunk) return plan.blocks > 0 ? 1 : 0;
+  if (s.batch == 0 || s.queries == 0) return 0;
+  // Several entries of a batch form a range only with all their queries.
+  const int64_t batches = ceil_div(s.batch, plan.range_batch), rows = ceil_div(s.queries, plan.range_queries);
+  const int64_t last = plan.range_batch > 1 ? 1 : batches;
+  return (batches * rows - last) * launches_of(plan.index) + last * launches_of(plan.last_index) +
+         batches * rows * (s.top_k > 1 ? 2 : 1);
+}
+
 AttendArrays take_attend(const CudaAttendPlan& plan, const Shape& s, Workspace& workspace) {
   AttendArrays a{};
-  a.chunk_begin = take_chunk_begin(plan.sequences, workspace);
   if (plan.path != AttendPath::kChunk || s.top_k == 1) return a;
   const int64_t rows = saturated_product({plan.index.slots, s.heads / s.retrieval_heads});
   const int64_t elements = saturated_product({rows, ceil_div(s.head_dim, 8) * 8});

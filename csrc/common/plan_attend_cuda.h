@@ -19,6 +19,7 @@ struct CudaAttendFacts {
   DType dtype;
   bool distinct;  // no index twice in a row
   bool bias;
+  int64_t reserved_bytes = 0;  // of the call's workspace that are not attention's
 };
 
 struct CudaAttendPlan {
@@ -43,13 +44,15 @@ struct CudaAttendPlan {
 };
 
 struct AttendArrays {
-  int32_t* chunk_begin;  // of packed sequences, else null
   void* partial;         // [Hkv / R, slots of a range, G, D rounded up to 8], fp32 or fp16
   float* partial_lse;    // [Hkv / R, slots, G]
   float* partial_scale;  // [Hkv / R, slots, G], of fp16, else null
 };
 
 CudaAttendPlan plan_attend_cuda(const Shape&, const CudaAttendFacts&, const CudaDevice&);
+
+// Without the one that finds the chunks of packed sequences.
+int64_t launches_of(const CudaAttendPlan&, const Shape&);
 
 // Takes the index too, behind what is returned: build_index does so again.
 AttendArrays take_attend(const CudaAttendPlan&, const Shape&, Workspace&);

@@ -194,6 +194,12 @@ CudaIndexPlan plan_index_cuda(const Shape& s, const CudaDevice& device) {
   return plan;
 }
 
+int64_t launches_of(const CudaIndexPlan& plan) {
+  if (plan.quick) return 2;
+  constexpr int64_t kScan = 2, kKeys = 1, kOffsets = 1 + kScan, kLists = 1, kPass = 2 + kScan;
+  return kKeys + plan.passes * kPass + kOffsets + kLists;
+}
+
 IndexArrays take_index(const CudaIndexPlan& plan, Workspace& workspace) {
   IndexArrays a{};
   a.offsets = workspace.take<uint32_t>(plan.keys + 1);

@@ -74,6 +74,7 @@ struct CudaPoolPlan {
 };
 
 CudaPoolPlan plan_pool_cuda(const Shape&, const CudaFacts&, const CudaDevice&);
+inline int64_t launches_of(const CudaPoolPlan& plan) { return plan.blocks > 0 ? 1 : 0; }
 CudaPoolPlan plan_pool_backward_cuda(const Shape&, const CudaFacts&, const CudaDevice&);
 
 // ---- index: the queries of each chunk, for the stages that work chunk by chunk
@@ -97,6 +98,9 @@ struct CudaIndexPlan {
 };
 
 CudaIndexPlan plan_index_cuda(const Shape&, const CudaDevice&);
+
+// With the lists.
+int64_t launches_of(const CudaIndexPlan&);
 
 // Whatever the number of keys; plan_index_cuda takes it where the quick index does not reach.
 CudaIndexPlan plan_index_sort_cuda(const Shape&, const CudaDevice&);

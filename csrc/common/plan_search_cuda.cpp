@@ -47,11 +47,12 @@ const char* reason_of(const CudaSearchPlan& plan) {
 
 }  // namespace
 
-CudaSearchPlan plan_search_cuda(const Shape& s, DType dtype, int64_t sequences, const CudaDevice& device) {
+CudaSearchPlan plan_search_cuda(const Shape& s, const CudaSearchFacts& f, const CudaDevice& device) {
   CudaSearchPlan plan{};
-  plan.sequences = sequences;
+  plan.sequences = f.sequences;
   plan.tiles = saturated_product({s.batch, s.retrieval_heads, ceil_div(s.queries, kSearchTileRows)});
-  choose_candidates(plan, s, dtype, device);
+  choose_candidates(plan, s, f.dtype, device);
+  plan.norms = plan.candidates && !f.unit_chunks;
   plan.kernel = plan.candidates ? "register_bag" : "exact";
   plan.reason = reason_of(plan);
   const int64_t affordable = kWindowBytes / (kSearchTileRows * row_bytes(plan));
@@ -61,21 +62,28 @@ CudaSearchPlan plan_search_cuda(const Shape& s, DType dtype, int64_t sequences, 
   plan.norm_blocks = std::clamp<int64_t>(ceil_div(steps, 4), 1, 8 * device.sms);
   plan.exact_blocks = std::clamp<int64_t>(kExactBytes / (8 * chunks), 1, 3 * device.sms);
   Workspace counting;
+  take_chunk_begin(plan.sequences, counting);
   take_search(plan, s, counting);
   plan.workspace_bytes = counting.bytes();
   return plan;
 }
 
+int64_t launches_of(const CudaSearchPlan& plan) {
+  if (plan.tiles == 0) return plan.norms ? 1 : 0;
+  const int64_t window = plan.candidates ? plan.passes + 2 : 1;
+  return (plan.norms ? 1 : 0) + plan.windows() * window;
+}
+
 SearchArrays take_search(const CudaSearchPlan& plan, const Shape& s, Workspace& workspace) {
   SearchArrays a{};
   const int64_t rows = plan.window_tiles * kSearchTileRows;
-  a.chunk_begin = take_chunk_begin(plan.sequences, workspace);
   a.keys = workspace.take<uint64_t>(plan.exact_blocks * chunks_of(s));
   if (!plan.candidates) return a;
   a.candidates = workspace.take<int32_t>(rows * plan.groups() * 4 * plan.bag_per_lane);
   a.cutoffs = workspace.take<float>(rows * plan.groups());
   if (plan.passes > 1) a.last = workspace.take<int32_t>(rows * plan.groups());
-  a.norms = workspace.take<float>(s.batch * s.retrieval_heads * ceil_div(chunks_of(s), kSearchStepChunks));
+  if (plan.norms)
+    a.norms = workspace.take<float>(s.batch * s.retrieval_heads * ceil_div(chunks_of(s), kSearchStepChunks));
   a.counts = workspace.take<uint32_t>(plan.windows());
   a.uncertain = workspace.take<int64_t>(rows);
   return a;

@@ -9,9 +9,17 @@ namespace resona {
 constexpr int64_t kSearchTileRows = 128, kSearchStepChunks = 64;
 constexpr int64_t kSearchMostCandidates = 256;  // of a row
 
+// What the plan has to know besides the shape.
+struct CudaSearchFacts {
+  DType dtype;        // of the embeddings
+  bool unit_chunks;   // as in RetrieveProblem
+  int64_t sequences;  // as in CudaFacts
+};
+
 struct CudaSearchPlan {
   const char* kernel;
   const char* reason;
+  bool norms;            // of the chunks have to be found
   bool candidates;       // else every row is scored canonically in full
   bool pinned;           // queries stay in registers
   int64_t bag_per_lane;  // candidates of a row: 4 x this, per pass and split
@@ -26,17 +34,20 @@ struct CudaSearchPlan {
 };
 
 struct SearchArrays {
-  int32_t* chunk_begin;  // of packed sequences, else null
-  int32_t* candidates;   // [window rows, groups, 4 bag_per_lane]
-  float* cutoffs;        // [window rows, groups]
-  int32_t* last;         // [window rows, groups], null for one pass
-  float* norms;          // [B, R, steps]
-  uint32_t* counts;      // [windows]
-  int64_t* uncertain;    // [window rows], null without candidates
-  uint64_t* keys;        // [exact_blocks, C]
+  int32_t* candidates;  // [window rows, groups, 4 bag_per_lane]
+  float* cutoffs;       // [window rows, groups]
+  int32_t* last;        // [window rows, groups], null for one pass
+  float* norms;         // [B, R, steps], null for unit chunks
+  uint32_t* counts;     // [windows]
+  int64_t* uncertain;   // [window rows], null without candidates
+  uint64_t* keys;       // [exact_blocks, C]
 };
 
-CudaSearchPlan plan_search_cuda(const Shape&, DType embedding_dtype, int64_t sequences, const CudaDevice&);
+CudaSearchPlan plan_search_cuda(const Shape&, const CudaSearchFacts&, const CudaDevice&);
+
+// Without the one that finds the chunks of packed sequences.
+int64_t launches_of(const CudaSearchPlan&);
+
 SearchArrays take_search(const CudaSearchPlan&, const Shape&, Workspace&);
 
 }  // namespace resona

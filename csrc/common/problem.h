@@ -95,6 +95,7 @@ struct RetrieveProblem {
   Rows chunks;                             // [B, C, R, E]
   int32_t* indices;                        // [B, T, R, k]
   void* scores;                            // [B, T, R, k] float, or double for float64 embeddings
+  bool unit_chunks = false;  // the chunks are pool_chunks' own: see kLargestUnitNorm in filter.h
 };
 
 struct RetrieveBackwardProblem {
@@ -125,6 +126,29 @@ struct AttendProblem {
   MutableRows out;         // [B, T, H, D]
   void* lse;               // [B, T, H] float, or double for float64 queries
 };
+
+// pool_chunks, retrieve and attend as one call. The chunks live no longer than the call: the backend finds
+// room for them (with_chunks), so `chunks` of the first two is empty until then.
+struct FusedProblem {
+  PoolProblem pool;
+  RetrieveProblem retrieve;
+  AttendProblem attend;
+};
+
+inline int64_t bytes_of_chunks(const Shape& s, DType embedding_dtype) {
+  return s.batch * (s.context / s.chunk_size) * s.retrieval_heads * s.retrieval_dim *
+         size_of(embedding_dtype);
+}
+
+inline FusedProblem with_chunks(FusedProblem p, void* memory) {
+  const Shape& s = p.pool.shape;
+  const int64_t row = s.retrieval_heads * s.retrieval_dim, batch = s.context / s.chunk_size * row;
+  const DType dtype = p.pool.context.dtype;
+  p.pool.chunks = {memory, batch, row, s.retrieval_dim, dtype};
+  p.retrieve.chunks = {memory, batch, row, s.retrieval_dim, dtype};
+  p.retrieve.unit_chunks = true;
+  return p;
+}
 
 struct AttendBackwardProblem {
   AttendProblem forward;       // `out` and `lse` hold the results of the forward pass

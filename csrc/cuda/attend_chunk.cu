@@ -3,13 +3,12 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "cuda/attend.h"
 #include "cuda/attend_launch.cuh"
 #include "cuda/attend_merge.cuh"
 #include "cuda/build_index.cuh"
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/packed.cuh"
+#include "cuda/stages.h"
 
 namespace resona::cuda {
 namespace {
@@ -133,9 +132,9 @@ struct ChunkAttention {
 
 }  // namespace
 
-void attend_chunk(const AttendProblem& p, const CudaAttendPlan& plan, Workspace& workspace, Stream stream) {
+void attend_chunk(const AttendProblem& p, const CudaAttendPlan& plan, const PackedSequences& packed,
+                  Workspace workspace, Stream stream) {
   const AttendArrays arrays = take_attend(plan, p.shape, workspace);
-  const PackedSequences packed = find_chunks(p.packed, p.shape, arrays.chunk_begin, stream);
   with_element(p.query.dtype, [&](auto element) {
     const ChunkAttention<decltype(element)> attention{p, plan, arrays, packed, stream};
     for (int64_t first = 0; first < p.shape.batch; first += plan.range_batch)

@@ -3,11 +3,10 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "cuda/attend.h"
 #include "cuda/attend_launch.cuh"
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/packed.cuh"
+#include "cuda/stages.h"
 
 namespace resona::cuda {
 namespace {
@@ -33,9 +32,8 @@ DenseInstance<T> instance_of(const CudaAttendPlan& plan) {
 
 }  // namespace
 
-void attend_dense(const AttendProblem& p, const CudaAttendPlan& plan, Workspace& workspace, Stream stream) {
-  const AttendArrays arrays = take_attend(plan, p.shape, workspace);
-  const PackedSequences packed = find_chunks(p.packed, p.shape, arrays.chunk_begin, stream);
+void attend_dense(const AttendProblem& p, const CudaAttendPlan& plan, const PackedSequences& packed,
+                  Stream stream) {
   with_element(p.query.dtype, [&](auto element) {
     using T = decltype(element);
     const DenseInstance<T> i = instance_of<T>(plan);

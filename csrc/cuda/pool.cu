@@ -7,6 +7,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/pool_launch.cuh"
+#include "cuda/stages.h"
 
 namespace resona::cuda {
 namespace {
@@ -33,7 +34,11 @@ PoolInstance<PoolParams<T>> instance_of(const CudaPoolPlan& plan) {
 void pool_chunks(const PoolProblem& p, const CudaPoolPlan& plan, void* memory, Stream stream) {
   Workspace workspace(memory);
   int32_t* chunk_begin = take_chunk_begin(plan.sequences, workspace);
-  const PackedSequences packed = find_chunks(p.packed, p.shape, chunk_begin, stream);
+  pool_chunks(p, plan, find_chunks(p.packed, p.shape, chunk_begin, stream), stream);
+}
+
+void pool_chunks(const PoolProblem& p, const CudaPoolPlan& plan, const PackedSequences& packed,
+                 Stream stream) {
   with_element(p.context.dtype, [&](auto element) {
     using T = decltype(element);
     PoolParams<T> params = pool_params<T>(p.shape, p.context, packed);

@@ -8,6 +8,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/search_refine.cuh"
+#include "cuda/stages.h"
 
 namespace resona::cuda {
 namespace {
@@ -73,17 +74,18 @@ struct Search {
     p.chunk = chunk();
     p.batch = s.batch, p.heads = s.retrieval_heads, p.chunks = s.context / s.chunk_size,
     p.dim = s.retrieval_dim;
-    p.norms = arrays.norms, p.counts = arrays.counts, p.windows = static_cast<int>(plan.windows());
+    p.norms = arrays.norms;
     launch_next("search_norms_kernel", plan.norm_blocks, SearchNormsConfig::kThreads, search_norms_kernel<T>,
                 p);
   }
 
-  void find_candidates(const SearchRows& rows) const {
+  void find_candidates(const SearchRows& rows, int64_t window) const {
     const SearchInstance<T> instance = instance_of<T>(plan);
     SearchParams<T> p{};
     p.rows = rows;
     p.query = query(), p.chunk = chunk();
     p.candidates = arrays.candidates, p.cutoffs = arrays.cutoffs, p.last = arrays.last;
+    p.count = arrays.counts + window;
     p.splits = static_cast<int>(plan.splits), p.passes = static_cast<int>(plan.passes);
     for (p.pass = 0; p.pass < p.passes; ++p.pass)
       launch_next("search_kernel", rows.tiles * plan.splits, kSearchThreads, instance.kernel, p,
@@ -107,7 +109,7 @@ struct Search {
   }
 
   void run() const {
-    if (plan.candidates) find_norms();
+    if (plan.norms) find_norms();
     SearchRows rows = rows_of(problem.shape, packed);
     for (int64_t window = 0; window < plan.windows(); ++window) {
       rows.first_tile = window * plan.window_tiles;
@@ -115,7 +117,7 @@ struct Search {
           plan.tiles - rows.first_tile < plan.window_tiles ? plan.tiles - rows.first_tile : plan.window_tiles;
       const SearchResultParams<T> p = result_params(rows, window);
       if (plan.candidates) {
-        find_candidates(rows);
+        find_candidates(rows, window);
         launch_next("search_refine_kernel", rows.tiles * kSearchRows / SearchRefineConfig::kWarps,
                     SearchRefineConfig::kThreads, search_refine_kernel<T>, p);
       }
@@ -129,8 +131,13 @@ struct Search {
 
 void retrieve(const RetrieveProblem& p, const CudaSearchPlan& plan, void* memory, Stream stream) {
   Workspace workspace(memory);
+  int32_t* chunk_begin = take_chunk_begin(plan.sequences, workspace);
+  retrieve(p, plan, find_chunks(p.packed, p.shape, chunk_begin, stream), workspace, stream);
+}
+
+void retrieve(const RetrieveProblem& p, const CudaSearchPlan& plan, const PackedSequences& packed,
+              Workspace workspace, Stream stream) {
   const SearchArrays arrays = take_search(plan, p.shape, workspace);
-  const PackedSequences packed = find_chunks(p.packed, p.shape, arrays.chunk_begin, stream);
   with_element(p.query.dtype,
                [&](auto element) { Search<decltype(element)>{p, plan, arrays, packed, stream}.run(); });
 }

@@ -84,6 +84,7 @@ struct SearchParams {
   int32_t* candidates;     // [tiles * 128, passes * splits, kCandidates]; within the sequence, or -1
   float* cutoffs;          // [tiles * 128, passes * splits]
   int32_t* last;           // as cutoffs, null for one pass: the chunk rows that go with them
+  uint32_t* count;         // of uncertain rows: the first pass clears it for search_refine_kernel
   int splits, pass, passes;
 
   __device__ __forceinline__ int64_t group(int64_t row, int at_pass, int split) const {
@@ -214,6 +215,7 @@ __global__ void __launch_bounds__(kSearchThreads, Config::kMinBlocks)
   RESONA_DYNAMIC_SHARED(shared);
   using Tile = typename Config::Tile;
   ptx::griddepcontrol_wait();
+  if (blockIdx.x == 0 && threadIdx.x == 0 && p.pass == 0) *p.count = 0;
   const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.splits));
   const int tile =
       static_cast<int>(p.rows.tiles) - 1 -

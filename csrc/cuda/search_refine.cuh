@@ -77,8 +77,6 @@ struct SearchNormsParams {
   SearchOperand<T> chunk;
   int64_t batch, heads, chunks, dim;  // B, R, C, E
   float* norms;                       // [B, R, ceil(C / 64)]
-  uint32_t* counts;                   // [windows]: of uncertain rows
-  int windows;
 
   __device__ __forceinline__ int64_t steps() const { return (chunks + kSearchChunks - 1) / kSearchChunks; }
 };
@@ -92,8 +90,6 @@ template <class T>
 __global__ void __launch_bounds__(SearchNormsConfig::kThreads) search_norms_kernel(SearchNormsParams<T> p) {
   ptx::griddepcontrol_wait();
   const int lane = threadIdx.x % kWarpSize;
-  if (blockIdx.x == 0)
-    for (int i = threadIdx.x; i < p.windows; i += SearchNormsConfig::kThreads) p.counts[i] = 0;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (SearchNormsConfig::kThreads / kWarpSize);
   for (int64_t item =
            (static_cast<int64_t>(blockIdx.x) * SearchNormsConfig::kThreads + threadIdx.x) / kWarpSize;
@@ -121,7 +117,7 @@ struct SearchResultParams {
   SearchOperand<T> query, chunk;
   const int32_t* candidates;  // as SearchParams wrote them: `groups` of `group_candidates` per row
   const float* cutoffs;
-  const float* norms;
+  const float* norms;  // null: unit chunks
   int groups, splits, group_candidates;
   FilterError error;   // of the quick products
   uint32_t* count;     // uncertain rows
@@ -190,7 +186,8 @@ struct SearchRefineStorage {
 };
 
 template <class T>
-__device__ __forceinline__ float largest_norm(const SearchResultParams<T>& p, const SearchRow<T>& r) {
+__device__ __forceinline__ double largest_norm(const SearchResultParams<T>& p, const SearchRow<T>& r) {
+  if (!p.norms) return kLargestUnitNorm;
   const int64_t steps = (p.rows.chunks + kSearchChunks - 1) / kSearchChunks;
   const int64_t first = r.place.chunk_begin / kSearchChunks;
   const int64_t last = (r.place.chunk_begin + r.place.eligible - 1) / kSearchChunks;
@@ -213,9 +210,10 @@ __device__ __forceinline__ float row_cutoff(const SearchResultParams<T>& p, int6
 
 template <class T>
 __device__ __forceinline__ bool is_certain(const SearchResultParams<T>& p, const SearchRow<T>& r,
-                                           float cutoff, uint64_t kth_key, float largest) {
+                                           int64_t found, float cutoff, uint64_t kth_key, double largest) {
   if (!in_filter_range(r.norm, largest, p.rows.dim)) return false;
-  if (cutoff == kLowest) return true;
+  // Nothing was passed over but products of NaN, which enter no bag: they rank last, yet fill slots.
+  if (cutoff == kLowest) return found == r.place.eligible || kth_key != 0;
   const float kth_score = score_of_key(kth_key);
   return kth_key != 0 && static_cast<double>(cutoff) < filter_limit(kth_score, r.norm, largest, p.error);
 }
@@ -239,16 +237,18 @@ __global__ void __launch_bounds__(SearchRefineConfig::kThreads)
     __syncwarp();
     // A query of norm zero scores 0 with every chunk: the first ones.
     uint64_t key = kAboveEveryKey;
+    int64_t found = 0;
     for (int64_t slot = 0; slot < p.top_k; ++slot) {
       if (r.norm == 0)
         key = slot < r.place.eligible ? search_key(0, static_cast<int>(slot)) : 0;
       else if (key != 0)
         key = warp_max(largest_below(keys, count, lane, kWarpSize, key));
+      if (key != 0) ++found;
       if (lane == 0) write_slot(p, r, slot, key);
     }
-    const float largest = r.place.eligible > 0 ? largest_norm(p, r) : 0;
+    const double largest = r.place.eligible > 0 ? largest_norm(p, r) : 0;
     const bool trivial = r.norm == 0 || r.place.eligible == 0;
-    if (lane == 0 && !trivial && !is_certain(p, r, row_cutoff(p, row), key, largest))
+    if (lane == 0 && !trivial && !is_certain(p, r, found, row_cutoff(p, row), key, largest))
       p.uncertain[ptx::atom_add_relaxed_gpu(p.count, 1)] = row;
   }
   ptx::griddepcontrol_launch_dependents();

@@ -111,23 +111,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_retrieve_attend(
       check_fused("fused_retrieve_attend", {query, key, value, chunk_size, sink, cu_seqlens, scale},
                   query_embedding, context_embedding, top_k, score_scale);
   const Shape& s = checked.shape;
-  const Tensor chunks = pool_chunks(context_embedding, chunk_size, cu_seqlens);
-  const auto [indices, scores] = retrieve(query_embedding, chunks, chunk_size, top_k, s.context, cu_seqlens);
-
   const OptionalTensor held_scale = contiguous(score_scale);
   const auto backend = backend_of(query);
+  const Tensor context = with_contiguous_rows(context_embedding);
+  const Tensor embedding = with_contiguous_rows(query_embedding);
   const Prepared t{with_contiguous_rows(query), with_contiguous_rows(key), with_contiguous_rows(value),
                    std::nullopt, contiguous(sink)};
   const Tensor out = empty(query, out_shape(s), query.scalar_type());
   const Tensor lse = empty(query, lse_shape(s), accumulation_type(query));
-  AttendProblem p = make_problem(checked, t, indices, scale, out, lse);
-  p.distinct = true;
+  const std::vector<int64_t> slots{s.batch, s.queries, s.retrieval_heads, s.top_k};
+  const Tensor indices = empty(embedding, slots, ScalarType::Int);
+  const Tensor scores = empty(embedding, slots, accumulation_type(embedding));
+  FusedProblem p{};
+  p.pool = {s, &checked.sequences, checked.packed(), rows_of(context), {}};
+  p.retrieve = {s,
+                &checked.sequences,
+                checked.packed(),
+                rows_of(embedding),
+                {},
+                static_cast<int32_t*>(indices.mutable_data_ptr()),
+                scores.mutable_data_ptr()};
+  p.attend = make_problem(checked, t, indices, scale, out, lse);
+  p.attend.distinct = true;
   if (score_scale.has_value()) {  // the scores are the bias
-    p.bias = scores.const_data_ptr();
-    p.bias_dtype = dtype_of(scores);
-    p.bias_scale = data_or_null(held_scale);
+    p.attend.bias = scores.const_data_ptr();
+    p.attend.bias_dtype = dtype_of(scores);
+    p.attend.bias_scale = data_or_null(held_scale);
   }
-  backend->attend(p);
+  backend->retrieve_attend(p);
   return {out, lse, indices, scores};
 }
 

@@ -24,6 +24,7 @@ class Backend {
   virtual void retrieve(const RetrieveProblem&) const = 0;
   virtual void retrieve_backward(const RetrieveBackwardProblem&) const = 0;
   virtual void attend(const AttendProblem&) const = 0;
+  virtual void retrieve_attend(const FusedProblem&) const = 0;
   virtual void attend_backward(const AttendBackwardProblem&) const = 0;
   virtual void decode_step(const DecodeProblem&) const = 0;
   virtual void prefix_linear_attention(const PrefixProblem&) const = 0;

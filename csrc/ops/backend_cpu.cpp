@@ -1,3 +1,4 @@
+#include "cpu/buffer.h"
 #include "cpu/decode.h"
 #include "cpu/prefix.h"
 #include "cpu/stages.h"
@@ -25,6 +26,13 @@ class CpuBackend final : public Backend {
   }
   void attend(const AttendProblem& p) const override {
     cpu::attend(p, plan_attend(p.shape, p.query.dtype, device_), executor_);
+  }
+  void retrieve_attend(const FusedProblem& problem) const override {
+    cpu::Buffer<unsigned char> chunks(bytes_of_chunks(problem.pool.shape, problem.pool.context.dtype));
+    const FusedProblem p = with_chunks(problem, chunks.data());
+    pool_chunks(p.pool);
+    retrieve(p.retrieve);
+    attend(p.attend);
   }
   void attend_backward(const AttendBackwardProblem& p) const override {
     cpu::attend_backward(p, plan_attend(p.forward.shape, p.forward.query.dtype, device_), executor_);

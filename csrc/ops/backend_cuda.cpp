@@ -5,6 +5,7 @@
 #if defined(RESONA_HAS_CUDA)
 #include "cuda/attend.h"
 #include "cuda/attend_backward.h"
+#include "cuda/fused.h"
 #include "ops/cuda.h"
 
 namespace resona::ops {
@@ -29,8 +30,8 @@ class CudaBackend final : public Backend {
         plan_pool_backward_cuda(p.shape, cuda_facts(vector_rows, p.packed), call_.device()));
   }
   void retrieve(const RetrieveProblem& p) const override {
-    const int64_t sequences = cuda_facts(false, p.packed).sequences;
-    run(&cuda::retrieve, p, plan_search_cuda(p.shape, p.query.dtype, sequences, call_.device()));
+    const CudaSearchFacts facts{p.query.dtype, p.unit_chunks, cuda_facts(false, p.packed).sequences};
+    run(&cuda::retrieve, p, plan_search_cuda(p.shape, facts, call_.device()));
   }
   void retrieve_backward(const RetrieveBackwardProblem& p) const override {
     const int64_t dim = p.shape.retrieval_dim;
@@ -41,12 +42,13 @@ class CudaBackend final : public Backend {
         plan_retrieve_backward_cuda(p.shape, cuda_facts(vector_rows, p.packed), call_.device()));
   }
   void attend(const AttendProblem& p) const override {
-    const int64_t dim = p.shape.head_dim;
-    const bool vector_rows = rows_of_16_bytes(p.query, dim) && rows_of_16_bytes(p.key, dim) &&
-                             rows_of_16_bytes(p.value, dim) && rows_of_16_bytes(p.out, dim);
-    const CudaAttendFacts facts{cuda_facts(vector_rows, p.packed), p.query.dtype, p.distinct,
-                                p.bias != nullptr};
-    run(&cuda::attend, p, plan_attend_cuda(p.shape, facts, call_.device()));
+    run(&cuda::attend, p, plan_attend_cuda(p.shape, facts_of(p), call_.device()));
+  }
+  void retrieve_attend(const FusedProblem& p) const override {
+    const Rows& context = p.pool.context;
+    const bool vector_context = rows_of_16_bytes(context, p.pool.shape.retrieval_dim);
+    run(&cuda::retrieve_attend, p,
+        plan_fused_cuda(p.pool.shape, {context.dtype, vector_context, facts_of(p.attend)}, call_.device()));
   }
   void attend_backward(const AttendBackwardProblem& p) const override {
     const AttendProblem& f = p.forward;
@@ -73,6 +75,13 @@ class CudaBackend final : public Backend {
     throw std::runtime_error(
         "resona::" + op +
         ": query: expected device cpu, as this version has no CUDA kernel for it, got cuda");
+  }
+
+  static CudaAttendFacts facts_of(const AttendProblem& p) {
+    const int64_t dim = p.shape.head_dim;
+    const bool vector_rows = rows_of_16_bytes(p.query, dim) && rows_of_16_bytes(p.key, dim) &&
+                             rows_of_16_bytes(p.value, dim) && rows_of_16_bytes(p.out, dim);
+    return {cuda_facts(vector_rows, p.packed), p.query.dtype, p.distinct, p.bias != nullptr};
   }
 
   template <class Problem, class Plan>

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -14,6 +13,7 @@
 #include "common/plan_attend_backward_cuda.h"
 #include "common/plan_attend_cuda.h"
 #include "common/plan_cuda.h"
+#include "common/plan_fused_cuda.h"
 #include "common/plan_search_cuda.h"
 
 namespace py = pybind11;
@@ -152,8 +152,21 @@ Stage attend_backward_stage(const resona::CudaAttendBackwardPlan& p) {
            {"workspace_bytes", p.workspace_bytes}}};
 }
 
-// The stages that have CUDA kernels, for tensors as torch allocates them and indices as `retrieve` returns
-// them. Stages run one after another, so a forward call takes what the largest of them takes.
+Stage search_stage(const resona::CudaSearchPlan& p) {
+  return {"search",
+          p.kernel,
+          p.reason,
+          {{"bag_per_lane", p.bag_per_lane},
+           {"passes", p.passes},
+           {"splits", p.splits},
+           {"pinned", p.pinned},
+           {"window_tiles", p.window_tiles},
+           {"norm_blocks", p.norms ? p.norm_blocks : 0},
+           {"exact_blocks", p.exact_blocks},
+           {"workspace_bytes", p.workspace_bytes}}};
+}
+
+// The fused call, its stages, and what else has CUDA kernels, for tensors as torch allocates them.
 PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t sm,
                    int64_t sms) {
   require(sm >= 80, "sm", "at least 80", std::to_string(sm));
@@ -161,27 +174,23 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
   const resona::CudaDevice device = resona::typical_cuda_device(sm, sms);
   const bool vector_rows = s.retrieval_dim * resona::size_of(embeddings) % 16 == 0;
   const resona::CudaFacts facts{vector_rows, resona::CudaFacts::kNotPacked};
-  const resona::CudaPoolPlan pool = resona::plan_pool_cuda(s, facts, device);
+  const resona::CudaFacts row_facts{s.head_dim * resona::size_of(rows) % 16 == 0, facts.sequences};
+  const resona::CudaFusedPlan fused =
+      resona::plan_fused_cuda(s, {embeddings, vector_rows, {row_facts, rows, true, false}}, device);
   const resona::CudaPoolPlan pool_backward = resona::plan_pool_backward_cuda(s, facts, device);
   const resona::CudaRetrieveBackwardPlan backward = resona::plan_retrieve_backward_cuda(s, facts, device);
-  const resona::CudaSearchPlan search = resona::plan_search_cuda(s, embeddings, facts.sequences, device);
-  const resona::CudaFacts row_facts{s.head_dim * resona::size_of(rows) % 16 == 0, facts.sequences};
-  const resona::CudaAttendPlan attend = resona::plan_attend_cuda(s, {row_facts, rows, true, false}, device);
   const resona::CudaAttendBackwardPlan attend_backward =
       resona::plan_attend_backward_cuda(s, rows, row_facts, false, false, device);
-  return {{pool_stage("pool", pool),
-           {"search",
-            search.kernel,
-            search.reason,
-            {{"bag_per_lane", search.bag_per_lane},
-             {"passes", search.passes},
-             {"splits", search.splits},
-             {"pinned", search.pinned},
-             {"window_tiles", search.window_tiles},
-             {"norm_blocks", search.norm_blocks},
-             {"exact_blocks", search.exact_blocks},
-             {"workspace_bytes", search.workspace_bytes}}},
-           attend_stage(attend),
+  return {{{"fused",
+            fused.kernel,
+            fused.reason,
+            {{"batch", fused.batch},
+             {"launches", fused.launches},
+             {"chunk_bytes", fused.chunk_bytes},
+             {"workspace_bytes", fused.workspace_bytes}}},
+           pool_stage("pool", fused.part.pool),
+           search_stage(fused.part.search),
+           attend_stage(fused.part.attend),
            attend_backward_stage(attend_backward),
            pool_stage("pool_backward", pool_backward),
            index_stage(backward.index),
@@ -196,7 +205,7 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
              {"segment_blocks", backward.segment_blocks},
              {"chunk_blocks", backward.chunk_blocks},
              {"workspace_bytes", backward.workspace_bytes}}}},
-          std::max({pool.workspace_bytes, search.workspace_bytes, attend.workspace_bytes})};
+          fused.workspace_bytes};
 }
 
 PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t heads, int64_t kv_heads,

@@ -362,8 +362,8 @@ WRONG = {
     ),
     "certain without proof": (
         "search_refine.cuh",
-        "if (cutoff == kLowest) return true;",
-        "return true;",
+        "if (cutoff == kLowest) return found",
+        "return true; if (cutoff == kLowest) return found",
     ),
     "a pass forgets the last": (
         "search.cuh",

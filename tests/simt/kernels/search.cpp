@@ -21,9 +21,8 @@ Rows rows_of(const simt::Arguments& a, const std::string& name, DType dtype) {
 }
 
 CudaSearchPlan plan_of(const simt::Arguments& a, const RetrieveProblem& p) {
-  const CudaFacts facts = cuda_facts(false, p.packed);
-  CudaSearchPlan plan =
-      plan_search_cuda(p.shape, p.query.dtype, facts.sequences, {a.integer("sms"), 90, 232448});
+  const CudaSearchFacts facts{p.query.dtype, p.unit_chunks, cuda_facts(false, p.packed).sequences};
+  CudaSearchPlan plan = plan_search_cuda(p.shape, facts, {a.integer("sms"), 90, 232448});
   const auto over = [&](const char* name, auto& field) {
     if (a.integers.count(name))
       field = static_cast<std::remove_reference_t<decltype(field)>>(a.integer(name));
@@ -31,7 +30,9 @@ CudaSearchPlan plan_of(const simt::Arguments& a, const RetrieveProblem& p) {
   over("splits", plan.splits), over("passes", plan.passes), over("bag", plan.bag_per_lane);
   over("pinned", plan.pinned), over("candidates", plan.candidates);
   over("window_tiles", plan.window_tiles), over("exact_blocks", plan.exact_blocks);
+  plan.norms = plan.norms && plan.candidates;
   Workspace counting;
+  take_chunk_begin(plan.sequences, counting);
   take_search(plan, p.shape, counting);
   plan.workspace_bytes = counting.bytes();
   return plan;

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <numeric>
 
+#include "launches.h"
 #include "run.h"
 #include "state.h"
 
@@ -292,6 +293,8 @@ void enqueue(const LaunchConfig& config, const void* closure, size_t bytes, Body
   const unsigned fit = static_cast<unsigned>(std::min<size_t>(kMaxResident, kMaxFibers / 2 / whole_warps));
   kernel.max_resident = machine.options.resident == 0 ? fit : std::min(machine.options.resident, fit);
 }
+
+int64_t launches_so_far() { return static_cast<int64_t>(machine.kernels.size()); }
 
 void run(Runner runner, const Arguments& arguments, const Options& options, std::deque<Region> global) {
   struct Cleanup {  // whatever happened, the next run begins afresh

@@ -1,0 +1,70 @@
+#include "common/plan_fused_cuda.h"
+
+#include <algorithm>
+
+namespace resona {
+namespace {
+
+constexpr int64_t kChunkBytes = 128 << 20;  // of a part: the stages want the rest
+
+int64_t chunk_bytes(const Shape& s, int64_t batch, const CudaFusedFacts& f) {
+  return saturated_product(
+      {batch, s.context / s.chunk_size, s.retrieval_heads, s.retrieval_dim, size_of(f.embedding_dtype)});
+}
+
+CudaFusedStages plan_stages(Shape s, int64_t batch, const CudaFusedFacts& f, int64_t reserved_bytes,
+                            const CudaDevice& device) {
+  s.batch = batch;
+  const bool vector_chunks = s.retrieval_dim * size_of(f.embedding_dtype) % 16 == 0;
+  CudaFusedStages stages;
+  stages.pool = plan_pool_cuda(s, {f.vector_context && vector_chunks, CudaFacts::kNotPacked}, device);
+  stages.search =
+      plan_search_cuda(s, {f.embedding_dtype, /*unit_chunks=*/true, CudaFacts::kNotPacked}, device);
+  CudaAttendFacts attend = f.attend;
+  attend.rows.sequences = CudaFacts::kNotPacked;
+  attend.reserved_bytes = reserved_bytes;
+  stages.attend = plan_attend_cuda(s, attend, device);
+  stages.launches = launches_of(stages.pool) + launches_of(stages.search) + launches_of(stages.attend, s);
+  return stages;
+}
+
+int64_t scratch_of(const CudaFusedStages& stages) {
+  return std::max(stages.search.workspace_bytes, stages.attend.workspace_bytes);
+}
+
+void divide(CudaFusedPlan& plan, int64_t batch, const Shape& s, const CudaFusedFacts& f,
+            const CudaDevice& device) {
+  plan.batch = batch;
+  plan.reason = batch < s.batch
+                    ? "stages chained in one workspace, some batch entries at a time to bound their chunks"
+                    : "stages chained in one workspace: chunks stay from pool to search";
+  plan.chunk_bytes = chunk_bytes(s, std::min(batch, s.batch), f);
+  Workspace counting;
+  take_fused(plan, counting);
+  const int64_t before_last = std::max<int64_t>(0, s.batch - 1) / batch;
+  plan.part = plan_stages(s, std::min(batch, s.batch), f, counting.bytes(), device);
+  plan.last = plan_stages(s, s.batch - before_last * batch, f, counting.bytes(), device);
+  const int64_t packed = plan.sequences == CudaFacts::kNotPacked ? 0 : 1;
+  plan.launches = s.batch == 0 ? 0 : packed + before_last * plan.part.launches + plan.last.launches;
+  plan.workspace_bytes = counting.bytes() + std::max(scratch_of(plan.part), scratch_of(plan.last));
+}
+
+}  // namespace
+
+CudaFusedPlan plan_fused_cuda(const Shape& s, const CudaFusedFacts& f, const CudaDevice& device) {
+  CudaFusedPlan plan{};
+  plan.kernel = "pool_search_attend";
+  plan.sequences = f.attend.rows.sequences;
+  const auto fits = [&](int64_t batch) { return chunk_bytes(s, batch, f) <= kChunkBytes; };
+  divide(plan, largest_that_fits(std::max<int64_t>(1, s.batch), fits), s, f, device);
+  return plan;
+}
+
+FusedArrays take_fused(const CudaFusedPlan& plan, Workspace& workspace) {
+  FusedArrays a;
+  a.chunk_begin = take_chunk_begin(plan.sequences, workspace);
+  a.chunks = workspace.take<unsigned char>(plan.chunk_bytes);
+  return a;
+}
+
+}  // namespace resona

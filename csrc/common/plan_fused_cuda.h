@@ -1,0 +1,45 @@
+// The plan of pool_chunks, retrieve and attend as one call on CUDA: the three stages' plans, and one
+// workspace for all of them.
+#pragma once
+
+#include "common/plan_attend_cuda.h"
+#include "common/plan_cuda.h"
+#include "common/plan_search_cuda.h"
+
+namespace resona {
+
+struct CudaFusedFacts {
+  DType embedding_dtype;
+  bool vector_context;  // rows of the context embedding are rows_of_16_bytes
+  CudaAttendFacts attend;
+};
+
+// Without a search for the chunks of packed sequences: that is done once, before.
+struct CudaFusedStages {
+  CudaPoolPlan pool;
+  CudaSearchPlan search;
+  CudaAttendPlan attend;
+  int64_t launches;
+};
+
+struct CudaFusedPlan {
+  const char* kernel;
+  const char* reason;
+  int64_t batch;               // entries per part: the parts run one after another, in the same workspace
+  CudaFusedStages part, last;  // the last part may be smaller
+  int64_t sequences;           // as in CudaFacts
+  int64_t chunk_bytes;         // of a part
+  int64_t launches;
+  int64_t workspace_bytes;
+};
+
+// The chunks live from the first stage to the second, the rest of the workspace in one stage each.
+struct FusedArrays {
+  int32_t* chunk_begin;   // of packed sequences, else null
+  unsigned char* chunks;  // [batch, C, R, E]
+};
+
+CudaFusedPlan plan_fused_cuda(const Shape&, const CudaFusedFacts&, const CudaDevice&);
+FusedArrays take_fused(const CudaFusedPlan&, Workspace&);
+
+}  // namespace resona

@@ -1,0 +1,21 @@
+// The stages inside a call: whose chunks are whose has been found, and the workspace is free from where it
+// stands.
+#pragma once
+
+#include "common/plan_attend_cuda.h"
+#include "common/plan_search_cuda.h"
+#include "cuda/launch.h"
+#include "cuda/sequences.cuh"
+
+namespace resona::cuda {
+
+void pool_chunks(const PoolProblem&, const CudaPoolPlan&, const PackedSequences&, Stream);
+void retrieve(const RetrieveProblem&, const CudaSearchPlan&, const PackedSequences&, Workspace, Stream);
+void attend(const AttendProblem&, const CudaAttendPlan&, const PackedSequences&, Workspace, Stream);
+
+// The paths of attention; the plan names one.
+void attend_query(const AttendProblem&, const CudaAttendPlan&, const PackedSequences&, Stream);
+void attend_dense(const AttendProblem&, const CudaAttendPlan&, const PackedSequences&, Stream);
+void attend_chunk(const AttendProblem&, const CudaAttendPlan&, const PackedSequences&, Workspace, Stream);
+
+}  // namespace resona::cuda
