@@ -1,0 +1,229 @@
+"""Train and test one cell. Killed at any time, it goes on from its last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resona_ext.cli.progress import ProgressBar
+
+from .backbones import BACKBONES
+from .config import Cell
+from .model import RecallModel, trained_parameters
+from .tasks import IGNORED, Batch, Task
+
+CHECKPOINT_SECONDS = 45.0
+TEST_BATCH = 128  # MAD averages its macro accuracy over batches of this size
+
+
+class Accuracy(NamedTuple):
+    token: float  # share of wanted tokens that are right (MAD calls it micro)
+    exact: float  # share of rows with all of them right
+    macro: float  # mean recall per class, batch by batch
+
+    def as_json(self) -> dict[str, float]:
+        return {name: round(value, 5) for name, value in self._asdict().items()}
+
+
+@dataclass
+class State:
+    """What a checkpoint holds besides weights and optimizer."""
+
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[list[float]] = field(default_factory=list)  # step, token, exact, macro
+
+
+class Data(NamedTuple):
+    training: Batch | None  # None: drawn anew in every step
+    held_out: Batch
+    test: Batch
+
+
+def make_data(task: Task, cell: Cell) -> Data:
+    """Seeded by the cell, the three parts apart: a change of one leaves the others."""
+    settings = cell.training
+
+    def draw(part: int, examples: int, test: bool) -> Batch:
+        generator = torch.Generator().manual_seed(10 * cell.seed + part)
+        batches = []
+        for begin in range(0, examples, 1000):  # intermediate tensors are large
+            batches.append(task.generate(min(1000, examples - begin), generator, test))
+        return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+    training = None if settings.examples is None else draw(0, settings.examples, False)
+    return Data(training, draw(1, settings.held_out, True), draw(2, settings.test_examples, True))
+
+
+def batches(task: Task, cell: Cell, data: Data) -> Iterator[Batch]:
+    """Training batches without end; each is a function of its number, so a resumed run continues them."""
+    size = cell.training.batch
+    step = 0
+    while data.training is None:
+        state = 1_000_003 * (cell.seed + 1) + step
+        yield task.generate(size, torch.Generator().manual_seed(state))
+        step += 1
+    examples, epoch = len(data.training.tokens), 0
+    while True:
+        shuffle = torch.Generator().manual_seed(1_000_003 * (cell.seed + 1) + epoch)
+        order = torch.randperm(examples, generator=shuffle)
+        for rows in order.split(size):
+            if len(rows) == min(size, examples):
+                yield Batch(*(part[rows] for part in data.training))
+        epoch += 1
+
+
+class Run:
+    """One cell on one device. `folder` holds the checkpoint while it is under way."""
+
+    def __init__(self, cell: Cell, folder: Path, device: str = "cpu") -> None:
+        self.cell, self.device = cell, device
+        self.checkpoint = folder / f"{cell.id}.pt"
+        self.task = cell.make_task()
+        torch.manual_seed(cell.seed)
+        self.model = RecallModel(cell, device).to(device)
+        settings = cell.training
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, settings.steps, eta_min=settings.final_rate
+        )
+        self.state = State()
+
+    def train(self) -> dict:
+        """Train to the end and test; the result as JSON."""
+        self._load()
+        data = make_data(self.task, self.cell)
+        source = batches(self.task, self.cell, data)
+        for _ in range(self.state.step):
+            next(source)
+        bar = ProgressBar(f"  {self.cell.label}", self.cell.training.steps)
+        begin, saved, before = time.perf_counter(), time.perf_counter(), self.state.seconds
+        while self.state.step < self.cell.training.steps and not self._is_done(data.held_out):
+            loss = self._step(next(source))
+            self.state.step += 1
+            self.state.seconds = before + time.perf_counter() - begin
+            last = self.state.curve[-1]
+            bar.update(
+                self.state.step, f"loss {loss:.3f}  token {last[1]:.3f}  exact {last[2]:.3f}"
+            )
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                self._save()
+                saved = time.perf_counter()
+        result = self._result(data)
+        self.checkpoint.unlink(missing_ok=True)
+        return result
+
+    def _is_done(self, held_out: Batch) -> bool:
+        """Evaluate when it is time to; whether the accuracy suffices."""
+        if self.state.step % self.cell.training.evaluate_every:
+            return False
+        if not self.state.curve or self.state.curve[-1][0] < self.state.step:
+            accuracy = self.evaluate(held_out)
+            self.state.curve.append([self.state.step, *accuracy.as_json().values()])
+        stop_at = self.cell.training.stop_at
+        reached = self.state.curve[-1][1 + Accuracy._fields.index(self.task.metric)]
+        return stop_at is not None and reached >= stop_at
+
+    def _step(self, batch: Batch) -> float:
+        self.model.train()
+        targets = batch.targets.to(self.device)
+        wanted = targets != IGNORED
+        with self._precision():
+            logits = self.model(batch.tokens.to(self.device), wanted)
+        loss = nn.functional.cross_entropy(logits.float(), targets[wanted])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.item()
+
+    def _precision(self):
+        if not self.cell.training.bfloat16:
+            return nullcontext()
+        return torch.autocast(self.device, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def evaluate(self, data: Batch) -> Accuracy:
+        self.model.eval()
+        right_rows, macros, right, wanted_tokens = 0, [], 0, 0
+        parts = data.split(TEST_BATCH)
+        for part in parts:
+            labels = part.labels.to(self.device)
+            wanted = labels != IGNORED
+            with self._precision():
+                answer = self.model(part.tokens.to(self.device), wanted).argmax(dim=-1)
+            is_right = torch.ones_like(wanted)
+            is_right[wanted] = answer == labels[wanted]
+            right_rows += int(is_right.all(dim=1).sum())
+            right += int((is_right & wanted).sum())
+            wanted_tokens += int(wanted.sum())
+            macros.append(macro_accuracy(answer, labels[wanted], self.task.vocabulary))
+        rows = len(data.tokens)
+        return Accuracy(right / wanted_tokens, right_rows / rows, sum(macros) / len(macros))
+
+    def _result(self, data: Data) -> dict:
+        backbone, model = BACKBONES[self.cell.backbone], self.model
+        begin = time.perf_counter()
+        accuracy = self.evaluate(data.test)
+        return {
+            **accuracy.as_json(),
+            "steps": self.state.step,
+            "seconds": round(self.state.seconds, 1),
+            "test_seconds": round(time.perf_counter() - begin, 2),
+            "parameters": trained_parameters(model),
+            "branch_parameters": 0 if model.branch is None else trained_parameters(model.branch),
+            "source": backbone.source(self.device),
+            "curve": self.state.curve,
+            "at": self._at_other_settings(data.test),
+        }
+
+    def _at_other_settings(self, test: Batch) -> dict[str, dict]:
+        """The same weights with other values of the branch's knobs, one at a time."""
+        found = {}
+        for name, values in self.cell.training.at.items():
+            trained = getattr(self.model.branch, name)
+            for value in values:
+                setattr(self.model.branch, name, value)
+                begin = time.perf_counter()
+                accuracy = self.evaluate(test).as_json()
+                seconds = round(time.perf_counter() - begin, 2)
+                found[f"{name}={value}"] = {**accuracy, "test_seconds": seconds}
+            setattr(self.model.branch, name, trained)
+        return found
+
+    def _save(self) -> None:
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        parts = ("model", "optimizer", "schedule")
+        content = {name: getattr(self, name).state_dict() for name in parts}
+        temporary = self.checkpoint.with_suffix(".part")
+        random_state = torch.get_rng_state()  # of dropout
+        torch.save({**content, "state": vars(self.state), "random": random_state}, temporary)
+        os.replace(temporary, self.checkpoint)
+
+    def _load(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        content = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        for name in ("model", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(content[name])
+        self.state = State(**content["state"])
+        torch.set_rng_state(content["random"].cpu())
+
+
+def macro_accuracy(answer: Tensor, label: Tensor, classes: int) -> float:
+    """Mean recall over the classes among labels or answers: a class only ever answered counts 0."""
+    wanted = torch.bincount(label, minlength=classes)
+    right = torch.bincount(label[answer == label], minlength=classes)
+    occurs = (wanted + torch.bincount(answer, minlength=classes)) > 0
+    return (right[occurs] / wanted[occurs].clamp(min=1)).double().mean().item()
