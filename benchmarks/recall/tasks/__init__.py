@@ -10,6 +10,7 @@ from .mad_other import Compression, Memorization, SelectiveCopying
 from .mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from .mqar import Mqar
 from .niah import Niah
+from .set_disjointness import SetDisjointness
 
 MAD: tuple[type[Task], ...] = (
     Compression,
@@ -19,7 +20,9 @@ MAD: tuple[type[Task], ...] = (
     SelectiveCopying,
     Memorization,
 )
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Mqar, *MAD, Copying, Niah)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Mqar, *MAD, Copying, Niah, SetDisjointness)
+}
 
 # One variable at a time moves away from the default, MAD's own sweep; "examples" is of the training.
 FEWER_EXAMPLES = {"examples": (6400, 3200, 1600, 800)}
