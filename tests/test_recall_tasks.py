@@ -21,6 +21,8 @@ SETTINGS = [
     {"name": "niah"},
     {"name": "niah", "needles": 3, "values": 2, "length": 64},
     {"name": "niah", "depth": 1.0, "length": 40},
+    {"name": "niah", "context": "appended", "length": 40},
+    {"name": "niah", "context": "retrieved", "rag_chunk": 6, "rag_chunks": 3},
 ]
 
 
@@ -218,6 +220,26 @@ def test_depth_places_the_needle(depth, expected):
     assert ((batch.tokens == 0).int().argmax(dim=1) == expected).all()
 
 
+@pytest.mark.parametrize(("context", "width"), [("appended", 48), ("retrieved", 13)])
+def test_rag_shows_the_chunk_of_the_key(context, width):
+    """Rows whose needle lies in one chunk; the question with its answers stays at the end."""
+    settings = {"name": "niah", "length": 40, "depth": 0.0, "keys": 5, "vocabulary": 32}
+    whole, made = draw(50, **settings), draw(50, **settings, context=context)
+    assert made.tokens.shape == made.labels.shape == (50, width)
+    assert torch.equal(made.tokens[:, -5:], whole.tokens[:, -5:])
+    assert torch.equal(made.labels[:, -5:], whole.labels[:, -5:])
+    assert (made.labels[:, :-5] == IGNORED).all()
+    assert torch.equal(made.tokens[:, -13:-5], whole.tokens[:, :8])
+    if context == "appended":
+        assert torch.equal(made.tokens[:, :35], whole.tokens[:, :35])
+
+
+def test_rag_keeps_the_order_of_several_chunks():
+    settings = {"name": "niah", "length": 40, "keys": 5, "vocabulary": 32, "rag_chunks": 4}
+    made = draw(50, **settings, context="retrieved")
+    assert torch.equal(made.tokens[:, :32], draw(50, **settings).tokens[:, :32])  # all there are
+
+
 @pytest.mark.parametrize(
     ("response", "needle", "expected"),
     [
@@ -271,6 +293,11 @@ def test_mad_sweeps_one_variable_at_a_time():
         ({"name": "niah", "needles": 33}, "needles: expected 1 to 32, got 33"),
         ({"name": "niah", "length": 10}, "length: expected >= 11, got 10"),
         ({"name": "niah", "depth": 2}, "depth: expected None, or 0 to 1 with one needle, got 2"),
+        ({"name": "niah", "context": "none"}, "context: expected one of .*, got none"),
+        (
+            {"name": "niah", "rag_chunks": 32},
+            "rag_chunk, rag_chunks: expected chunks of at most 251",
+        ),
     ],
 )
 def test_impossible_settings_are_one_line(settings, message):

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from . import rag
 from .base import IGNORED, Batch, Task, integers
 
 FULL_SCORE = 5.0
@@ -18,6 +19,7 @@ class Niah(Task):
 
     Tokens: 0 <needle>, 1 <ask>, then `keys` keys; hay and values share the rest. needles: with several,
     keys differ and one is asked. depth: where the first needle starts, 0 to 1; None draws it.
+    context: "whole", or what `rag` makes of it with rag_chunks chunks of rag_chunk tokens.
     """
 
     name: ClassVar[str] = "niah"
@@ -29,6 +31,9 @@ class Niah(Task):
     values: int = 4
     needles: int = 1
     depth: float | None = None
+    context: str = "whole"
+    rag_chunk: int = 8
+    rag_chunks: int = 1
 
     def __post_init__(self) -> None:
         self.require(self.values >= 1, "values", ">= 1", self.values)
@@ -36,6 +41,10 @@ class Niah(Task):
         self.require_sizes(self.keys + 4, self.needles * self._needle + self._question)
         ok = self.depth is None or (0 <= self.depth <= 1 and self.needles == 1)
         self.require(ok, "depth", "None, or 0 to 1 with one needle", self.depth)
+        self.require(self.context in rag.MODES, "context", f"one of {rag.MODES}", self.context)
+        fits = min(self.rag_chunk, self.rag_chunks) >= 1 and self._found <= self._hay
+        expected = f"chunks of at most {self._hay} tokens together"
+        self.require(fits, "rag_chunk, rag_chunks", expected, (self.rag_chunk, self.rag_chunks))
 
     @property
     def _needle(self) -> int:
@@ -45,8 +54,20 @@ class Niah(Task):
     def _question(self) -> int:
         return 1 + self.values  # <ask>, key, and all values but the last
 
+    @property
+    def _hay(self) -> int:
+        return self.length - self._question
+
+    @property
+    def _found(self) -> int:
+        return self.rag_chunk * self.rag_chunks
+
+    @property
+    def width(self) -> int:
+        return rag.width(self.context, self.length, self._hay, self.rag_chunk, self.rag_chunks)
+
     def generate(self, examples: int, generator: torch.Generator, test: bool = False) -> Batch:
-        hay = self.length - self._question
+        hay = self._hay
         first_word = 2 + self.keys
         tokens = integers(first_word, self.vocabulary, (examples, self.length), generator)
         key = 2 + torch.rand(examples, self.keys, generator=generator).topk(self.needles).indices
@@ -65,7 +86,9 @@ class Niah(Task):
         tokens[:, hay + 2 :] = answer[:, :-1]
         labels = torch.full_like(tokens, IGNORED)
         labels[:, hay + 1 :] = answer
-        return Batch(tokens, labels, labels)
+        batch = Batch(tokens, labels, labels)
+        size, chunks = self.rag_chunk, self.rag_chunks
+        return rag.rebuild(batch, self.context, hay, 2, size, chunks, self.vocabulary)
 
     def _starts(self, examples: int, hay: int, generator: torch.Generator) -> torch.Tensor:
         """Where the needles start, ascending, without overlap, [N, needles]."""
