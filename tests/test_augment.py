@@ -255,3 +255,20 @@ def test_left_padded_generate_equals_unpadded(kind, num_beams):
         for row, prompt in zip(got, prompts, strict=True):
             alone = model.generate(prompt, **settings)[0]
             assert torch.equal(row[9 - prompt.shape[1] :], alone)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_padding_within_a_prompt_keeps_its_place(use_cache):
+    """transformers masks every padding token of a prompt, whatever it stands for."""
+    model, _ = augmented()
+    ids = tokens(length=12)
+    ids[0, 5], ids[1, :3] = 0, 0
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": (ids != 0).long()}
+    seen = []
+    layer = model.backbone.layers[0].resona
+    layer.register_forward_hook(
+        lambda _, a, k, o: seen.append(k["attention_mask"]), with_kwargs=True
+    )
+    got = model.generate(ids, use_cache=use_cache, **settings)
+    assert seen[0].tolist() == [[1] * 12, [0] * 3 + [1] * 9]
+    assert torch.equal(got, model.generate(ids, use_cache=not use_cache, **settings))

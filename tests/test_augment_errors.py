@@ -221,13 +221,6 @@ def test_a_cache_that_does_not_fit_the_call(change):
     assert_unchanged(cache, before)
 
 
-def test_holes_in_a_mask():
-    model, _ = augmented()
-    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]])
-    with pytest.raises(ValueError, match="expected no padding between tokens, got a hole"):
-        run(model, tokens(length=5), attention_mask=mask)
-
-
 def test_a_cache_of_another_model():
     (model, _), (other, _) = augmented(), augmented()
     _, cache = run(other, tokens(length=9))

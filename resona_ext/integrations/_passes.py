@@ -11,7 +11,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from .._cache_parts import spans_of
 from ._cache import ModelCache
 from ._errors import complain, require
 from ._hooks import Insertion, Pass
@@ -156,16 +155,18 @@ class Passes:
         return None
 
     def _prepare(self, of_pass: Pass) -> None:
-        e, mask = of_pass.embeddings, of_pass.attention_mask
-        if mask is not None:
-            spans_of("augment", None, mask, *mask.shape)  # raises on holes
+        e = of_pass.embeddings
         is_cast = torch.is_autocast_enabled(e.device.type)
         layers = {insertion.name: insertion.resona for insertion in self.insertions}
         of_pass.cache.prepare(layers, e, None if is_cast else e.dtype)
 
 
 def checked_mask(mask: Tensor | None, e: Tensor) -> Tensor | None:
-    """The last T columns of a padding mask [B, >= T]; None where nothing is masked."""
+    """The last T columns of a padding mask [B, >= T], holes filled; None where nothing is masked.
+
+    Only what stands left or right of all tokens is padding. transformers masks a padding token inside
+    of a prompt too: its mixers skip that token, here it keeps its place in its chunk.
+    """
     if mask is None:
         return None
     batch, rows = e.shape[:2]
@@ -173,10 +174,12 @@ def checked_mask(mask: Tensor | None, e: Tensor) -> Tensor | None:
     require(valid, "attention_mask", f"[{batch}, at least {rows}], 1 at tokens", list(mask.shape))
     expected = "bool or integer, 1 at tokens"
     require(not mask.dtype.is_floating_point, "attention_mask", expected, mask.dtype)
-    mask = mask[:, mask.shape[1] - rows :]
+    real = (mask[:, mask.shape[1] - rows :] != 0).int()
+    started, not_ended = real.cummax(1).values, real.flip(1).cummax(1).values.flip(1)
+    mask = started * not_ended
     # As transformers does it for its own layers. Tracing must not ask for values.
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return None if not is_traced and bool((mask != 0).all()) else mask
+    return None if not is_traced and bool(mask.all()) else mask
 
 
 def checked_packing(arguments: dict) -> Tensor | None:
