@@ -6,6 +6,7 @@ What the figures are is not tested here: the records hold them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,6 +36,15 @@ TINY = {
         "evaluate_every": 5,
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only lose by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def cell(**changes) -> config.Cell:
@@ -79,7 +89,7 @@ def test_equal_cells_have_equal_names():
     [
         ({"backbone": "mambo"}, "backbone: expected one of mamba2, .*, got 'mambo'"),
         ({"branch": {"kind": "resonance"}}, "branch.kind: expected one of none, .* 'resonance'"),
-        ({"branch": {"layer": 2}}, "branch.layer: expected 0 to 1, got 2"),
+        ({"branch": {"layer": 2}}, 'branch.layer: expected 0 to 1 or "spread", got 2'),
         ({"branch": {"deep": 2}}, "branch.deep: unknown setting, expected kind, layer"),
         ({"training": {"steps": 0}}, "training.steps: expected at least 1, got 0"),
         ({"training": {"examples": 0}}, "training.examples: expected at least 1 or null, got 0"),
@@ -140,7 +150,7 @@ def test_models_with_and_without_a_branch_start_from_one_backbone():
 
 
 @pytest.mark.parametrize("kind", config.BRANCHES)
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("layer", [0, 1, "spread"])
 def test_the_model_is_causal(kind, layer):
     made = cell(branch={"kind": kind, "layer": layer})
     tokens = torch.randint(0, 64, (2, 16))
@@ -148,6 +158,13 @@ def test_the_model_is_causal(kind, layer):
     later[:, 9:] = (later[:, 9:] + 1) % 64
     first, second = (logits(made, t).unflatten(0, (2, 16))[:, :9] for t in (tokens, later))
     torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+
+
+def test_spread_is_the_first_the_middle_and_the_last():
+    made = cell(branch={"layer": "spread"}, layers=5)
+    blocks = model.RecallModel(made).blocks
+    assert [i for i, block in enumerate(blocks) if block.branch is not None] == [0, 2, 4]
+    assert cell(branch={"layer": "spread"}, layers=1).branch_layers == (0,)
 
 
 def test_the_window_branch_attends_to_the_last_chunks():
@@ -172,7 +189,7 @@ def test_the_mlp_has_the_size_of_the_branch():
     assert with_mlp == pytest.approx(with_branch, abs=3 * 64 / 2)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "text"])
 def test_every_task_can_be_learnt_from(name):
     """One step on one batch lowers the loss on it."""
     made = config.make_cell(
@@ -197,8 +214,11 @@ def test_accuracies_of_known_answers(monkeypatch, tmp_path):
     said = torch.nn.functional.one_hot(torch.tensor([5, 9, 5, 7]), 64)
     monkeypatch.setattr(run, "model", torch.nn.Module())
     monkeypatch.setattr(run.model, "forward", lambda tokens, wanted: said.float())
+    # The right token has logit 1 among 64, or 0 with another at 1.
+    log_sum = math.log(math.e + 63)
+    perplexity = math.exp((3 * (log_sum - 1) + log_sum) / 4)
     # By class: 5 right both times, 6 never, 7 once, 9 only ever answered.
-    assert run.evaluate(batch) == pytest.approx((3 / 4, 1 / 2, 2 / 4))
+    assert run.evaluate(batch) == pytest.approx((3 / 4, 1 / 2, 2 / 4, perplexity))
 
 
 @pytest.mark.parametrize("examples", [40, None])
@@ -237,7 +257,7 @@ def test_knobs_are_tested_and_put_back(tmp_path):
     result = run.train()
     assert list(result["at"]) == ["top_k=1", "top_k=4", "alpha=0.5"]
     assert result["at"]["top_k=1"]["token"] == result["token"]
-    assert run.model.branch.top_k == 1
+    assert run.model.branches[0].top_k == 1
 
 
 def test_training_and_test_data_are_apart_and_fixed(tmp_path):
@@ -333,7 +353,7 @@ def test_a_single_cell_from_flags(tmp_path, capsys, monkeypatch):
         (["run", "mqar-gpu"], "no grid 'mqar-gpu', expected a .json file or one of .*mqar-cpu"),
         (["mqar", "--set", "task.pairs=99"], "mqar: pairs must be 1 to length / 4 = 16, got 99"),
         (["mqar", "--set", "steps"], "--set steps: expected PATH=JSON"),
-        (["mqar", "--layer", "2"], "branch.layer: expected 0 to 1, got 2"),
+        (["mqar", "--layer", "2"], 'branch.layer: expected 0 to 1 or "spread", got 2'),
         (
             ["run", "mqar-cpu", "--shard", "3/2"],
             "--shard: expected I/N with 1 <= I <= N, got '3/2'",

@@ -23,6 +23,15 @@ SPEC = Spec(width=16, heads=2, length=40, layer=1, layers=2)
 STEPS = [1, 15, 16, 70]  # less than a chunk, one, several with a rest
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only lose by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def heads(steps: int, dim: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 3, steps, dim, generator=generator, dtype=torch.float64)

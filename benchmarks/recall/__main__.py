@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=(task.__doc__ or "").splitlines()[0])
         one.add_argument("--backbone", default="gla", help="default: %(default)s")
         one.add_argument("--branch", choices=BRANCHES, default="resona")
-        one.add_argument("--layer", type=int, default=0, help="block of the branch")
+        one.add_argument("--layer", type=_layer, default=0, metavar="N|spread", help="its block")
         one.add_argument("--chunk-size", type=int, default=2)
         one.add_argument("--top-k", type=int, default=1)
         one.add_argument("--mix", choices=("gate", "fixed", "additive"), default="gate")
@@ -75,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _add_common(one)
     return parser
+
+
+def _layer(text: str) -> int | str:
+    return text if text == "spread" else int(text)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

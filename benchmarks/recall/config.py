@@ -29,11 +29,12 @@ class Branch:
 
     kind: "none"; "resona"; "window": the same with the last top_k chunks in place of those retrieved;
     "mlp": a SwiGLU with as many parameters, the baseline of equal size.
-    layer: which block, from 0. options: any argument of resona_ext.Resona.
+    layer: which block, from 0, or "spread": the first, the middle and the last, a branch in each.
+    options: any argument of resona_ext.Resona.
     """
 
     kind: str = "none"
-    layer: int = 0
+    layer: int | str = 0
     heads: int = 1
     options: dict = field(default_factory=dict)
 
@@ -42,7 +43,7 @@ class Branch:
 class Training:
     """examples: size of the training set, shuffled every epoch; None draws every batch anew.
 
-    stop_at: ends a run whose accuracy (the task's metric) on held-out data reaches it. at: settings of the
+    stop_at: ends a run whose metric (the task's) on held-out data reaches it. at: settings of the
     trained branch to be tested as well, {"top_k": [1, 2], "alpha": [...]}.
     """
 
@@ -78,6 +79,12 @@ class Cell:
 
     def make_task(self) -> Task:
         return make_task(self.task)
+
+    @property
+    def branch_layers(self) -> tuple[int, ...]:
+        if self.branch.layer == "spread":
+            return tuple(sorted({0, self.layers // 2, self.layers - 1}))
+        return (int(self.branch.layer),)
 
     @property
     def id(self) -> str:
@@ -121,9 +128,9 @@ def _check(cell: Cell) -> None:
     )
     kind, layer, training = cell.branch.kind, cell.branch.layer, cell.training
     _require(kind in BRANCHES, f"branch.kind: expected one of {', '.join(BRANCHES)}, got {kind!r}")
-    _require(
-        0 <= layer < cell.layers, f"branch.layer: expected 0 to {cell.layers - 1}, got {layer}"
-    )
+    inside = layer in range(cell.layers) or layer == "spread"
+    expected = f'0 to {cell.layers - 1} or "spread"'
+    _require(inside, f"branch.layer: expected {expected}, got {layer}")
     for name in ("steps", "batch", "test_examples", "held_out", "evaluate_every"):
         got = getattr(training, name)
         _require(got >= 1, f"training.{name}: expected at least 1, got {got}")

@@ -1,6 +1,6 @@
-"""The language model around a backbone: embedding, blocks, head, and the branch in one of the blocks.
+"""The language model around a backbone: embedding, blocks, head, and the branch in some of the blocks.
 
-    x = norm(h);  y = mixer(x);  y = branch(x, embeddings, y) in the chosen block;  h = h + y
+    x = norm(h);  y = mixer(x);  y = branch(x, embeddings, y) in the chosen blocks;  h = h + y
     h = h + mlp(norm(h)), where the cell has MLPs
 
 No positions: what a mixer wants to know of them it makes itself.
@@ -135,11 +135,12 @@ class RecallModel(nn.Module):
         else:
             self.head = TokenHead(self.embedding, cell.tied)
         # Last, so that models with and without a branch start from the same backbone.
-        self.blocks[cell.branch.layer].branch = make_branch(cell.branch, cell.width)
+        for layer in cell.branch_layers:
+            self.blocks[layer].branch = make_branch(cell.branch, cell.width)
 
     @property
-    def branch(self) -> nn.Module | None:
-        return next((b.branch for b in self.blocks if b.branch is not None), None)
+    def branches(self) -> list[nn.Module]:
+        return [block.branch for block in self.blocks if block.branch is not None]
 
     def forward(self, tokens: Tensor, wanted: Tensor) -> Tensor:
         """Logits [N, V] at the N wanted positions. tokens, wanted [B, T]."""

@@ -55,7 +55,10 @@ def _draw(ax, title: str, members: Sequence[Runs]) -> None:
         theirs = paper.figure(runs.cell)
         if runs.cell.branch.kind == "none" and theirs is not None:
             ax.axhline(theirs, linestyle=":", color=colour)
-    ax.set_ylim(-0.03, 1.03)
+    if members[0].metric == "perplexity":
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(-0.03, 1.03)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=7, colors=INK)
     ax.grid(alpha=0.25)

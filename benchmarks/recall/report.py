@@ -18,6 +18,13 @@ from .tasks import TASKS
 
 ENOUGH = 0.99  # what a cell of MQAR with Resona has to reach
 NOTABLE = 0.05  # below the paper by more than this is named
+TITLES = {
+    "token": "token accuracy",
+    "macro": "macro accuracy",
+    "exact": "exact sequences",
+    "perplexity": "perplexity",
+}
+SECOND = {"token": "exact", "macro": "exact", "exact": "token", "perplexity": "token"}
 KIND_NAMES = {"none": "plain", "resona": "+ Resona", "window": "+ window", "mlp": "+ MLP"}
 
 
@@ -38,6 +45,11 @@ class Runs:
     def show(self, metric: str) -> str:
         text = f"{self.value(metric):.3f}"
         return text + (f" ±{self.spread(metric) / 2:.3f}" if len(self.results) > 1 else "")
+
+    @property
+    def merit(self) -> float:
+        value = self.value(self.metric)
+        return -value if self.metric == "perplexity" else value
 
     @property
     def metric(self) -> str:
@@ -81,7 +93,7 @@ def group(rows: Sequence[dict]) -> list[Runs]:
             Runs(members[0][0], tuple(result for _, result in members))
             for members in rates.values()
         ]
-        groups.append(max(runs, key=lambda r: r.value(r.metric)))
+        groups.append(max(runs, key=lambda r: r.merit))
     return groups
 
 
@@ -96,15 +108,15 @@ def tables(groups: Sequence[Runs]) -> Iterator[str]:
         head = ["backbone", "task", "model"]
         for variant in variants:
             head += [variant] + ["paper"] * has_paper[variant]
-            head += ["exact"] * (metric != "exact") + ["steps"]
+            head += [SECOND[metric], "steps"]
         lines = [head]
         for row in sorted({g.row: None for g in members}, key=_natural):
             line = row.split("|")
             for variant in variants:
                 line += _cells(members, row, variant, metric, has_paper[variant])
             lines.append(line)
-        title = {"token": "token accuracy", "macro": "macro accuracy", "exact": "exact sequences"}
-        yield f"{task}: {title[metric]}\n\n{_align(lines)}"
+        title = TITLES[metric]
+        yield f"{task}: {title}\n\n{_align(lines)}"
 
 
 def _cells(
@@ -112,11 +124,11 @@ def _cells(
 ) -> list[str]:
     runs = next((g for g in members if g.row == row and g.variant == variant), None)
     if runs is None:
-        return ["-"] * (2 + has_paper + (metric != "exact"))
+        return ["-"] * (3 + has_paper)
     theirs = paper.figure(runs.cell)
     texts = [runs.show(metric)]
     texts += ["-" if theirs is None else f"{theirs:.3f}"] * has_paper
-    texts += [runs.show("exact")] * (metric != "exact")
+    texts.append(runs.show(SECOND[metric]))
     return [*texts, str(max(result["steps"] for result in runs.results))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ class Accuracy(NamedTuple):
     token: float  # share of wanted tokens that are right (MAD calls it micro)
     exact: float  # share of rows with all of them right
     macro: float  # mean recall per class, batch by batch
+    perplexity: float  # exp of the mean cross-entropy per wanted token
 
     def as_json(self) -> dict[str, float]:
         return {name: round(value, 5) for name, value in self._asdict().items()}
@@ -39,7 +41,7 @@ class State:
 
     step: int = 0
     seconds: float = 0.0
-    curve: list[list[float]] = field(default_factory=list)  # step, token, exact, macro
+    curve: list[list[float]] = field(default_factory=list)  # step, then Accuracy
 
 
 class Data(NamedTuple):
@@ -60,7 +62,9 @@ def make_data(task: Task, cell: Cell) -> Data:
         return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
     training = None if settings.examples is None else draw(0, settings.examples, False)
-    return Data(training, draw(1, settings.held_out, True), draw(2, settings.test_examples, True))
+    test = task.test_set()
+    test = draw(2, settings.test_examples, True) if test is None else test
+    return Data(training, draw(1, settings.held_out, True), test)
 
 
 def batches(task: Task, cell: Cell, data: Data) -> Iterator[Batch]:
@@ -131,9 +135,11 @@ class Run:
         if not self.state.curve or self.state.curve[-1][0] < self.state.step:
             accuracy = self.evaluate(held_out)
             self.state.curve.append([self.state.step, *accuracy.as_json().values()])
-        stop_at = self.cell.training.stop_at
-        reached = self.state.curve[-1][1 + Accuracy._fields.index(self.task.metric)]
-        return stop_at is not None and reached >= stop_at
+        stop_at, metric = self.cell.training.stop_at, self.task.metric
+        reached = self.state.curve[-1][1 + Accuracy._fields.index(metric)]
+        if stop_at is None:
+            return False
+        return reached <= stop_at if metric == "perplexity" else reached >= stop_at
 
     def _step(self, batch: Batch) -> float:
         self.model.train()
@@ -156,13 +162,15 @@ class Run:
     @torch.no_grad()
     def evaluate(self, data: Batch) -> Accuracy:
         self.model.eval()
-        right_rows, macros, right, wanted_tokens = 0, [], 0, 0
+        right_rows, macros, right, wanted_tokens, loss = 0, [], 0, 0, 0.0
         parts = data.split(TEST_BATCH)
         for part in parts:
             labels = part.labels.to(self.device)
             wanted = labels != IGNORED
             with self._precision():
-                answer = self.model(part.tokens.to(self.device), wanted).argmax(dim=-1)
+                logits = self.model(part.tokens.to(self.device), wanted).float()
+            answer = logits.argmax(dim=-1)
+            loss += nn.functional.cross_entropy(logits, labels[wanted], reduction="sum").item()
             is_right = torch.ones_like(wanted)
             is_right[wanted] = answer == labels[wanted]
             right_rows += int(is_right.all(dim=1).sum())
@@ -170,7 +178,8 @@ class Run:
             wanted_tokens += int(wanted.sum())
             macros.append(macro_accuracy(answer, labels[wanted], self.task.vocabulary))
         rows = len(data.tokens)
-        return Accuracy(right / wanted_tokens, right_rows / rows, sum(macros) / len(macros))
+        macro, perplexity = sum(macros) / len(macros), math.exp(min(loss / wanted_tokens, 700.0))
+        return Accuracy(right / wanted_tokens, right_rows / rows, macro, perplexity)
 
     def _result(self, data: Data) -> dict:
         backbone, model = BACKBONES[self.cell.backbone], self.model
@@ -182,7 +191,7 @@ class Run:
             "seconds": round(self.state.seconds, 1),
             "test_seconds": round(time.perf_counter() - begin, 2),
             "parameters": trained_parameters(model),
-            "branch_parameters": 0 if model.branch is None else trained_parameters(model.branch),
+            "branch_parameters": sum(map(trained_parameters, model.branches)),
             "source": backbone.source(self.device),
             "curve": self.state.curve,
             "at": self._at_other_settings(data.test),
@@ -192,15 +201,19 @@ class Run:
         """The same weights with other values of the branch's knobs, one at a time."""
         found = {}
         for name, values in self.cell.training.at.items():
-            trained = getattr(self.model.branch, name)
+            trained = getattr(self.model.branches[0], name)
             for value in values:
-                setattr(self.model.branch, name, value)
+                self._set_knob(name, value)
                 begin = time.perf_counter()
                 accuracy = self.evaluate(test).as_json()
                 seconds = round(time.perf_counter() - begin, 2)
                 found[f"{name}={value}"] = {**accuracy, "test_seconds": seconds}
-            setattr(self.model.branch, name, trained)
+            self._set_knob(name, trained)
         return found
+
+    def _set_knob(self, name: str, value: object) -> None:
+        for branch in self.model.branches:
+            setattr(branch, name, value)
 
     def _save(self) -> None:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)

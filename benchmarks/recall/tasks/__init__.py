@@ -11,6 +11,7 @@ from .mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from .mqar import Mqar
 from .niah import Niah
 from .set_disjointness import SetDisjointness
+from .text import Text
 
 MAD: tuple[type[Task], ...] = (
     Compression,
@@ -21,7 +22,7 @@ MAD: tuple[type[Task], ...] = (
     Memorization,
 )
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Mqar, *MAD, Copying, Niah, SetDisjointness)
+    task.name: task for task in (Mqar, *MAD, Copying, Niah, SetDisjointness, Text)
 }
 
 # One variable at a time moves away from the default, MAD's own sweep; "examples" is of the training.

@@ -30,7 +30,7 @@ class Task:
 
     name: ClassVar[str]
     head: ClassVar[str] = "token"  # "autoencoder": all inputs from the state of the last position
-    metric: ClassVar[str] = "token"  # which accuracy the paper reports; "macro" in MAD
+    metric: ClassVar[str] = "token"  # what is reported: a field of train.Accuracy
 
     vocabulary: int
     length: int
@@ -42,6 +42,10 @@ class Task:
 
     def generate(self, examples: int, generator: torch.Generator, test: bool = False) -> Batch:
         raise NotImplementedError
+
+    def test_set(self) -> Batch | None:
+        """What is to be tested on where that is fixed; None: drawn like the training data."""
+        return None
 
     def require(self, ok: bool, setting: str, expected: str, got: object) -> None:
         if not ok:
