@@ -167,6 +167,14 @@ def test_over_capacity():
         model.generate(ids[:, :9], max_new_tokens=8)
 
 
+def test_padding_takes_no_room():
+    model, _ = augmented(max_length=12)
+    ids = tokens(length=16)
+    ids[:, :5] = 0
+    got = model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=2, do_sample=False)
+    assert got.shape == (2, 18)
+
+
 def other_chunk_size(model, augmentation):
     for layer in augmentation.layers.values():
         layer.chunk_size = 5

@@ -114,6 +114,27 @@ def test_the_embedding_by_name_or_module():
     augment(model, "mixers.1", embedding=model.embed)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_an_attention_model_of_transformers(num_beams):
+    """Its cache comes as `past_key_values`, and holds the retrieval caches too."""
+    transformers = pytest.importorskip("transformers", reason="it wants Python >= 3.11")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    config = transformers.LlamaConfig(**sizes, **heads, eos_token_id=None, pad_token_id=0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    augmentation = augment(model, ["model.layers.1.self_attn"], chunk_size=4, top_k=2)
+    ids = torch.randint(1, VOCABULARY, (2, 9))
+    settings = {"max_new_tokens": 10, "do_sample": False, "num_beams": num_beams}
+    plain = model.generate(ids, **settings)
+    with torch.no_grad():
+        augmentation.layers["model.layers.1.self_attn"].o_proj.weight.normal_(std=0.5)
+    got = model.generate(ids, **settings)
+    assert torch.equal(got, model.generate(ids, use_cache=False, **settings))
+    assert not torch.equal(got, plain)
+    augmentation.remove()
+    assert torch.equal(model.generate(ids, **settings), plain)
+
+
 # --- Two processes --------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from small_models import LAYERS, SETTINGS, logits, make_model, tokens, wake
 from torch.nn.parallel import DistributedDataParallel
 
-from resona_ext.integrations import augment
+from resona_ext import augment, load_resona, save_resona
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +183,7 @@ def test_ddp(one_process):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_fsdp(one_process, checkpointing):
+def test_fsdp(one_process, tmp_path, checkpointing):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -199,6 +199,16 @@ def test_fsdp(one_process, checkpointing):
     fully_shard(model, mesh=mesh)
     got = {name: g.full_tensor() for name, g in backward(model, ids).items()}
     assert_same(got, expected)
+
+    before = logits(model.eval(), ids)
+    save_resona(model, tmp_path / "resona.safetensors")
+    with pytest.raises(ValueError, match="expected one not yet sharded"):
+        load_resona(model, tmp_path / "resona.safetensors")
+    whole = make_model()
+    state = {name: t.full_tensor() for name, t in model.state_dict().items()}
+    whole.load_state_dict({name: t for name, t in state.items() if ".resona." not in name})
+    load_resona(whole, tmp_path / "resona.safetensors")
+    torch.testing.assert_close(logits(whole, ids), before)
 
 
 @pytest.mark.parametrize("wrap", ["compile", "module.compile", "ddp", "data parallel"])

@@ -47,13 +47,15 @@ class ModelCache:
     def is_empty(self) -> bool:
         return self.get_seq_length() == 0 and self.not_kept is None
 
-    def prepare(self, layers: dict[str, Resona], x: Tensor, dtype: torch.dtype | None) -> None:
-        """Make room for T more tokens in every layer, or raise and leave everything as it is.
+    def prepare(
+        self, layers: dict[str, Resona], x: Tensor, rows: int, dtype: torch.dtype | None
+    ) -> None:
+        """Make room for `rows` more tokens in every layer, or raise and leave everything as it is.
 
-        x: [B, T, d], of the shape that the layers will get. dtype: of the caches; None: as
-        `Resona.make_cache`.
+        x: [B, T, d], of the shape that the layers will get, of which `rows` are tokens. dtype: of the
+        caches; None: as `Resona.make_cache`.
         """
-        batch, rows = x.shape[:2]
+        batch = x.shape[0]
         if self.not_kept is not None:
             complain("cache", "one that holds all tokens so far", self.not_kept)
         if self.get_seq_length() == 0:

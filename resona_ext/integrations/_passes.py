@@ -155,10 +155,11 @@ class Passes:
         return None
 
     def _prepare(self, of_pass: Pass) -> None:
-        e = of_pass.embeddings
+        e, mask = of_pass.embeddings, of_pass.attention_mask
+        rows = e.shape[1] if mask is None else int(mask.sum(dim=1).max())
         is_cast = torch.is_autocast_enabled(e.device.type)
         layers = {insertion.name: insertion.resona for insertion in self.insertions}
-        of_pass.cache.prepare(layers, e, None if is_cast else e.dtype)
+        of_pass.cache.prepare(layers, e, rows, None if is_cast else e.dtype)
 
 
 def checked_mask(mask: Tensor | None, e: Tensor) -> Tensor | None:

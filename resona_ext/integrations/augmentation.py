@@ -6,9 +6,7 @@ import contextlib
 import uuid
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..layer import Resona
 from ._cache import ModelCache
@@ -89,10 +87,16 @@ def _find(
 def _refuse_wrapped(model: nn.Module) -> None:
     """What is compiled would go on without the hooks; a wrapper has parameters of its own by now."""
     require(isinstance(model, nn.Module), "model", "an nn.Module", type(model).__name__)
-    wrappers = (DistributedDataParallel, nn.DataParallel, torch._dynamo.OptimizedModule)
+    wrappers = (
+        "OptimizedModule",
+        "DistributedDataParallel",
+        "DataParallel",
+        "FSDP",
+        "FullySharded",
+    )
     for name, module in model.named_modules():
         kind = type(module).__name__
-        is_wrapper = isinstance(module, wrappers) or kind.startswith(("FSDP", "FullyShardedData"))
+        is_wrapper = kind.startswith(wrappers)
         is_compiled = module._compiled_call_impl is not None
         where = f"{kind} at {name or 'its root'}"
         expected = "one that is not yet compiled or wrapped (augment it first)"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ._cache import ModelCache
-from ._errors import require
+from ._errors import complain, require
 
 ENDS_AND_MIDDLE = "ends+middle"
 
@@ -133,29 +133,33 @@ class Family:
 def choose(layout: Layout, layers: str | Sequence[int | str]) -> list[Site]:
     """The sites that `layers` names: "ends+middle", ids, or names of blocks or mixers."""
     sites = layout.sites
-    count = len(sites)
-    require(count > 0, "model", "layers with a mixer", "none")
-    if isinstance(layers, str):
-        layers = sorted({0, count // 2, count - 1}) if layers == ENDS_AND_MIDDLE else [layers]
-    by_name = {site.name: site for site in sites}
-    for site in sites:
-        by_name |= {
-            f"{site.name}.{name}": site
-            for name, m in site.block.named_children()
-            if m is site.mixer
-        }
-    chosen = []
-    for layer in layers:
-        if isinstance(layer, str):
-            require(layer in by_name, "layers", f"names of layers, as {sites[0].name}", repr(layer))
-            chosen.append(by_name[layer])
-        else:
-            valid = (
-                isinstance(layer, int) and not isinstance(layer, bool) and -count <= layer < count
-            )
-            require(valid, "layers", f"ids from {-count} to {count - 1}", layer)
-            chosen.append(sites[layer])
+    require(sites != [], "model", "layers with a mixer", "none")
+    if layers == ENDS_AND_MIDDLE:
+        return [sites[i] for i in sorted({0, len(sites) // 2, len(sites) - 1})]
+    layers = [layers] if isinstance(layers, str) else layers
+    chosen = [
+        _by_name(sites, layer) if isinstance(layer, str) else _by_id(layout, layer)
+        for layer in layers
+    ]
     names = [site.name for site in chosen]
     require(names != [], "layers", "at least one layer", "none")
     require(len(set(names)) == len(names), "layers", "each layer once", names)
     return chosen
+
+
+def _by_name(sites: list[Site], name: str) -> Site:
+    for site in sites:
+        mixers = [n for n, module in site.block.named_children() if module is site.mixer]
+        if name in (site.name, *(f"{site.name}.{mixer}" for mixer in mixers)):
+            return site
+    complain("layers", f"names of layers, as {sites[0].name}", repr(name))
+
+
+def _by_id(layout: Layout, i: int) -> Site:
+    depth = len(layout.backbone.layers)
+    valid = isinstance(i, int) and not isinstance(i, bool) and -depth <= i < depth
+    require(valid, "layers", f"ids from {-depth} to {depth - 1}", i)
+    block = layout.backbone.layers[i]
+    found = [site for site in layout.sites if site.block is block]
+    require(found != [], "layers", "layers with a mixer", i)
+    return found[0]

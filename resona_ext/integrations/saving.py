@@ -185,6 +185,8 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
         got = source[name]
         _require(got.shape == t.shape, name, list(t.shape), list(got.shape))
         _require(got.is_floating_point(), name, "floating point", got.dtype)
+        sharded = hasattr(t, "full_tensor")
+        _require(not sharded, "model", "one not yet sharded (load before FSDP)", "a sharded one")
     with torch.no_grad():
         for name, t in target.items():
             t.copy_(source[name])
