@@ -85,12 +85,22 @@ _ALL = (
             "delta rule with decay",
             state_space.transformers_gated_deltanet,
             "fla",
-            lambda spec: _fla("GatedDeltaNet", head_dim=spec.width // spec.heads)(spec),
+            lambda spec: _fla("GatedDeltaNet", head_dim=spec.width // spec.heads, expand_v=1.0)(
+                spec
+            ),
         ),
         "qwen3_next.modeling_qwen3_next",
     ),
-    _accelerated("retnet", "retention", linear.RetNet, "fla", _fla("MultiScaleRetention")),
-    _accelerated("gsa", "gated slot attention", linear.Gsa, "fla", _fla("GatedSlotAttention")),
+    _accelerated(
+        "retnet", "retention", linear.RetNet, "fla", _fla("MultiScaleRetention", expand_v=1.0)
+    ),
+    _accelerated(
+        "gsa",
+        "gated slot attention",
+        linear.Gsa,
+        "fla",
+        _fla("GatedSlotAttention", num_slots=32, gate_logit_normalizer=16),
+    ),
     Backbone("rwkv5", "RWKV-5 time mixing", linear.Rwkv5),
     Backbone("hyena", "implicit long convolutions", convolution.Hyena),
     Backbone("h3", "shift and diagonal state spaces", convolution.H3),

@@ -92,7 +92,7 @@ def transformers_gated_deltanet(spec: Spec) -> nn.Module:
 
 
 def fla_layer(name: str, **settings):
-    """A builder of a layer of flash-linear-attention, whose kernels want a GPU."""
+    """A builder of a layer of flash-linear-attention 0.6, whose kernels want a GPU. Sizes as in our forms."""
 
     def build(spec: Spec) -> nn.Module:
         layer = getattr(importlib.import_module("fla.layers"), name)
