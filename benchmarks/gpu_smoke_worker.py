@@ -60,7 +60,7 @@ def load() -> dict:
         "build": build,
     }
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    operators = ("pool_chunks", "retrieve", "attend", "fused_retrieve_attend")
+    operators = ("pool_chunks", "retrieve", "attend", "fused_retrieve_attend", "decode_step")
     facts["on_cuda"] = [name for name in operators if has_kernel(f"resona::{name}", "CUDA")]
     facts["problems"] = []
     if build["cuda"] == "none":

@@ -156,12 +156,15 @@ class ChunkCache:
         return rows.masked_fill((position < 0).unsqueeze(-1), 0)
 
     def check(self) -> None:
-        """Raise if a step inside a replayed graph found a sequence full. Waits for the device.
+        """Raise if a step inside a replayed graph found a sequence full; count again. Waits for the device.
 
         Python does not run in a replay, so there the kernel leaves the cache alone and turns the length
-        n of the sequence into -n - 1, which later steps leave alone too. `reset` clears it.
+        n of the sequence into -n - 1, which later steps leave alone too. `reset` clears it. Nor does
+        Python count the tokens of a replay: call this before anything but replays and `reset`.
         """
-        full = (self.lengths < 0).nonzero().flatten().tolist()
+        lengths = self.lengths.tolist()
+        self._longest = max((n if n >= 0 else -n - 1 for n in lengths), default=0)
+        full = [b for b, n in enumerate(lengths) if n < 0]
         if full:
             raise RuntimeError(
                 f"ChunkCache.check: expected at most max_length = {self.max_length} tokens per sequence, "

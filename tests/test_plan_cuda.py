@@ -45,6 +45,7 @@ def test_stages_in_order():
         "pool_backward",
         "index",
         "retrieve_backward",
+        "decode",
     ]
 
 

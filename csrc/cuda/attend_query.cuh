@@ -140,14 +140,11 @@ __device__ __forceinline__ void attend_query_tile(const AttendParams<T>& p, cons
   }
 }
 
-// Every `splits`-th tile of a row, beginning with number `split`.
+// The keys of a row, tile by tile: `keys` is the list of the lane's own.
 template <class Config, class T>
-__device__ __forceinline__ void attend_query_keys(const AttendParams<T>& p, const QueryRow& row, int split,
-                                                  int splits, QueryState<Config>& state) {
-  constexpr int kTile = Config::kTile;
-  const int lane = threadIdx.x % Config::kLanes, step = splits * kTile;
+__device__ __forceinline__ void attend_listed_keys(const AttendParams<T>& p, const QueryRow& row,
+                                                   QueryKeys keys, QueryState<Config>& state) {
   state.clear();
-  QueryKeys keys = query_keys(p, row, split * kTile + lane % kTile, step);
   if (!__any_sync(kAllLanes, keys.eligible > 0)) return;
   QueryPacks<Config> query[Config::kHeads];
 #pragma unroll
@@ -160,6 +157,15 @@ __device__ __forceinline__ void attend_query_keys(const AttendParams<T>& p, cons
     next = keys.next();  // on its way while the tile is worked on
     if (__any_sync(kAllLanes, key.token >= 0)) attend_query_tile<Config>(p, row, key, query, state);
   }
+}
+
+// Every `splits`-th tile of a row, beginning with number `split`.
+template <class Config, class T>
+__device__ __forceinline__ void attend_query_keys(const AttendParams<T>& p, const QueryRow& row, int split,
+                                                  int splits, QueryState<Config>& state) {
+  constexpr int kTile = Config::kTile;
+  const int lane = threadIdx.x % Config::kLanes;
+  attend_listed_keys<Config>(p, row, query_keys(p, row, split * kTile + lane % kTile, splits * kTile), state);
 }
 
 template <class Config, class T>

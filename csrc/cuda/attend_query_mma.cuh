@@ -209,14 +209,15 @@ __device__ __forceinline__ void attend_query_mma_tile(const AttendParams<T>& p, 
   }
 }
 
-// Every `splits`-th tile of a row, beginning with number `split`.
-template <class Config, class T>
-__device__ __forceinline__ void attend_query_mma_keys(const AttendParams<T>& p, const QueryRow& row,
-                                                      int split, int splits, QueryMmaStorage<Config>& storage,
-                                                      QueryMmaState<Config>& state) {
-  const int lane = threadIdx.x % kWarpSize, step = splits * Config::kKeys;
+// The keys of a row, tile by tile: list() returns the lane's own. It is called here and not before, or rows
+// of 256 elements would spill.
+template <class Config, class T, class List>
+__device__ __forceinline__ void attend_listed_keys_mma(const AttendParams<T>& p, const QueryRow& row,
+                                                       const List& list, QueryMmaStorage<Config>& storage,
+                                                       QueryMmaState<Config>& state) {
+  const int lane = threadIdx.x % kWarpSize;
   state.clear();
-  QueryKeys keys = query_keys(p, row, split * Config::kKeys + lane % Config::kKeys, step);
+  QueryKeys keys = list();
   if (keys.eligible == 0) return;
 #pragma unroll
   for (int h = 0; h < Config::kHeadTiles; ++h) {
@@ -236,6 +237,18 @@ __device__ __forceinline__ void attend_query_mma_keys(const AttendParams<T>& p, 
     __syncwarp();        // for the compiler: Q is read again for every tile
     if (__any_sync(kAllLanes, key.token >= 0)) attend_query_mma_tile<Config>(p, row, key, storage, state);
   }
+}
+
+// Every `splits`-th tile of a row, beginning with number `split`.
+template <class Config, class T>
+__device__ __forceinline__ void attend_query_mma_keys(const AttendParams<T>& p, const QueryRow& row,
+                                                      int split, int splits, QueryMmaStorage<Config>& storage,
+                                                      QueryMmaState<Config>& state) {
+  const auto list = [&] {
+    const int lane = threadIdx.x % kWarpSize, step = splits * Config::kKeys;
+    return query_keys(p, row, split * Config::kKeys + lane % Config::kKeys, step);
+  };
+  attend_listed_keys_mma<Config>(p, row, list, storage, state);
 }
 
 // Head by head: the lane's elements 8 i .. 8 i + 7 of a head are 64 i + 8 g .. 64 i + 8 g + 7 of its row.

@@ -68,10 +68,17 @@ struct QueryKeys {
   }
 };
 
+// From key number `first` on.
+__device__ __forceinline__ void start_at(QueryKeys& keys, int64_t chunk_size, uint32_t first, uint32_t step) {
+  constexpr int64_t kMost = INT32_MAX;  // longer than any context
+  keys.chunk_size = static_cast<uint32_t>(chunk_size < kMost ? chunk_size : kMost);
+  keys.slot = static_cast<int>(first / keys.chunk_size), keys.offset = first % keys.chunk_size;
+  keys.slot_step = step / keys.chunk_size, keys.offset_step = step % keys.chunk_size;
+}
+
 template <class T>
 __device__ __forceinline__ QueryKeys query_keys(const AttendParams<T>& p, const QueryRow& row, uint32_t first,
                                                 uint32_t step) {
-  constexpr int64_t kMost = INT32_MAX;  // longer than any context
   const QueryPlace place = p.place(row.query);
   const int head = p.retrieval_head(row.kv_head);
   QueryKeys keys;
@@ -81,9 +88,7 @@ __device__ __forceinline__ QueryKeys query_keys(const AttendParams<T>& p, const 
   keys.token_begin = static_cast<int>(place.token_begin);
   keys.eligible = row.heads > 0 ? static_cast<int>(place.eligible) : 0;
   keys.slots = static_cast<int>(p.top_k);
-  keys.chunk_size = static_cast<uint32_t>(p.chunk_size < kMost ? p.chunk_size : kMost);
-  keys.slot = static_cast<int>(first / keys.chunk_size), keys.offset = first % keys.chunk_size;
-  keys.slot_step = step / keys.chunk_size, keys.offset_step = step % keys.chunk_size;
+  start_at(keys, p.chunk_size, first, step);
   return keys;
 }
 

@@ -9,9 +9,6 @@
 //   the
 //                          same selection. With no list it takes all rows, for problems without candidates.
 //
-// A key orders like (score descending, chunk ascending), NaN below every number: its upper half is the
-// score's bits made monotone, its lower half the chunk's complement. No key is 0.
-//
 // Certain means: all eligible chunks were candidates, or the cutoff, which no other chunk's quick product
 // exceeds, lies below what common/filter.h allows to reach the k-th score.
 //
@@ -22,43 +19,9 @@
 #include "cuda/canonical_warp.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/search.cuh"
+#include "cuda/search_key.cuh"
 
 namespace resona::cuda {
-
-__device__ __forceinline__ uint64_t search_key(float score, int chunk) {
-  const uint32_t bits = __float_as_uint(score);
-  const uint32_t ordered = score != score ? 1 : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(chunk);
-}
-
-__device__ __forceinline__ float score_of_key(uint64_t key) {
-  const uint32_t ordered = static_cast<uint32_t>(key >> 32);
-  if (ordered == 1) return kNoScore;
-  return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-}
-
-__device__ __forceinline__ int chunk_of_key(uint64_t key) {
-  return static_cast<int>(~static_cast<uint32_t>(key));
-}
-
-__device__ __forceinline__ uint64_t warp_max(uint64_t key) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    const uint64_t other = __shfl_xor_sync(kAllLanes, key, distance);
-    key = other > key ? other : key;
-  }
-  return key;
-}
-
-__device__ __forceinline__ uint64_t largest_below(const uint64_t* keys, int count, int first, int step,
-                                                  uint64_t bound) {
-  uint64_t largest = 0;
-  for (int i = first; i < count; i += step)
-    if (keys[i] < bound && keys[i] > largest) largest = keys[i];
-  return largest;
-}
-
-constexpr uint64_t kAboveEveryKey = ~uint64_t{0};
 
 // Lane lane % 8 of eight adds the canonical products of its elements of two rows; fold_lanes ends the sum.
 template <class T>

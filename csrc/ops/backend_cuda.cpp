@@ -5,6 +5,7 @@
 #if defined(RESONA_HAS_CUDA)
 #include "cuda/attend.h"
 #include "cuda/attend_backward.h"
+#include "cuda/decode.h"
 #include "cuda/fused.h"
 #include "ops/cuda.h"
 
@@ -61,7 +62,14 @@ class CudaBackend final : public Backend {
         plan_attend_backward_cuda(f.shape, f.query.dtype, cuda_facts(vector_rows, f.packed),
                                   f.bias != nullptr, f.sink != nullptr, call_.device()));
   }
-  void decode_step(const DecodeProblem&) const override { refuse("decode_step"); }
+  void decode_step(const DecodeProblem& p) const override {
+    const auto vector = [](int64_t dim, const auto&... rows) { return (rows_of_16_bytes(rows, dim) && ...); };
+    const CudaDecodeFacts facts{
+        p.query.dtype, p.query_embedding.dtype,
+        vector(p.shape.head_dim, p.query, p.key, p.value, p.key_cache, p.value_cache, p.out),
+        vector(p.shape.retrieval_dim, p.chunks)};
+    run(&cuda::decode_step, p, plan_decode_cuda(p.shape, facts, call_.device()));
+  }
   void prefix_linear_attention(const PrefixProblem&) const override { refuse("prefix_linear_attention"); }
   void prefix_linear_attention_backward(const PrefixBackwardProblem&) const override {
     refuse("_prefix_linear_attention_backward");

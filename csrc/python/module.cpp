@@ -13,6 +13,7 @@
 #include "common/plan_attend_backward_cuda.h"
 #include "common/plan_attend_cuda.h"
 #include "common/plan_cuda.h"
+#include "common/plan_decode_cuda.h"
 #include "common/plan_fused_cuda.h"
 #include "common/plan_search_cuda.h"
 
@@ -166,6 +167,23 @@ Stage search_stage(const resona::CudaSearchPlan& p) {
            {"workspace_bytes", p.workspace_bytes}}};
 }
 
+// One new token per sequence, in a cache of `context` tokens.
+Stage decode_stage(const resona::CudaDecodePlan& p) {
+  return {"decode",
+          p.kernel,
+          p.reason,
+          {{"range", p.range},
+           {"lists", p.lists},
+           {"kept", p.kept},
+           {"search_blocks", p.search_blocks},
+           {"dim", p.dim},
+           {"heads", p.heads},
+           {"vector", p.vector_rows},
+           {"splits", p.splits},
+           {"attend_blocks", p.attend_blocks()},
+           {"workspace_bytes", p.workspace_bytes}}};
+}
+
 // The fused call, its stages, and what else has CUDA kernels, for tensors as torch allocates them.
 PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t sm,
                    int64_t sms) {
@@ -181,6 +199,8 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
   const resona::CudaRetrieveBackwardPlan backward = resona::plan_retrieve_backward_cuda(s, facts, device);
   const resona::CudaAttendBackwardPlan attend_backward =
       resona::plan_attend_backward_cuda(s, rows, row_facts, false, false, device);
+  const resona::CudaDecodePlan decode =
+      resona::plan_decode_cuda(s, {rows, embeddings, row_facts.vector_rows, vector_rows}, device);
   return {{{"fused",
             fused.kernel,
             fused.reason,
@@ -204,7 +224,8 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
              {"query_blocks", backward.query_blocks},
              {"segment_blocks", backward.segment_blocks},
              {"chunk_blocks", backward.chunk_blocks},
-             {"workspace_bytes", backward.workspace_bytes}}}},
+             {"workspace_bytes", backward.workspace_bytes}}},
+           decode_stage(decode)},
           fused.workspace_bytes};
 }
 

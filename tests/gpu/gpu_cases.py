@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import decode_cases
 from support import assert_no_worse, embeddings
 
 from resona_ext import reference
@@ -238,6 +239,14 @@ OPERATORS = {
         close=frozenset({"out", "lse"}),
         truth=attend_as_selected,
     ),
+    "decode_step": Operator(
+        decode_cases.make,
+        decode_cases.run,
+        decode_cases.expect,
+        outputs=decode_cases.OUTPUTS,
+        close=frozenset({"out", "lse"}),
+        truth=decode_cases.truth,
+    ),
     "_pool_chunks_backward": Operator(make_pool_chunks_backward, ops._pool_chunks_backward),
     "_retrieve_backward": Operator(make_retrieve_backward, ops._retrieve_backward),
 }
@@ -327,7 +336,7 @@ def _cases() -> Iterator[Case]:
     yield large("retrieve", "one query in a million", BF16, L=1_000_003, T=1, E=64, S=16, k=8)
 
 
-CASES = tuple(_cases())
+CASES = (*_cases(), *decode_cases.cases(Case))
 
 
 # Values that the shape checks let pass. The CPU refuses them, and so does CUDA with RESONA_DEBUG=1; else CUDA
@@ -601,7 +610,7 @@ class Job:
         if self.wrong:
             run_wrong(self.case, self.wrong, device)
         else:
-            MODES[self.mode](self.case, device)
+            (MODES | REPLAYS)[self.mode](self.case, device)
 
 
 MODES: dict[str, Callable[[Case, str], None]] = {
@@ -610,6 +619,8 @@ MODES: dict[str, Callable[[Case, str], None]] = {
     "stream": run_stream,
     "graph": run_graph,
 }
+# Of decode steps only, which change what they are called with.
+REPLAYS = {"replays": decode_cases.run_replays}
 
 
 def jobs(device: str, small: bool = False) -> list[Job]:
@@ -619,7 +630,14 @@ def jobs(device: str, small: bool = False) -> list[Job]:
     if small or device == "cpu":
         modes = ["gradient"]  # which contains the forward pass
     found = [Job(mode, case) for mode in modes for case in cases]
+    sizes = dict(L=21, S=4, D=16)
+    for dtype in (BF16, F32):
+        found.append(Job("replays", Case("decode_step", "a cache", dtype, **sizes)))
+    plain = Case("decode_step", "plain")
+    found += [Job("wrong", plain, Wrong("lengths", *w)) for w in decode_cases.WRONG_LENGTHS.items()]
     for op in OPERATORS:
+        if op == "decode_step":
+            continue
         packed = Case(op, "packed", lengths=PACKED)
         found += [Job("wrong", packed, Wrong("cu_seqlens", *w)) for w in WRONG_BORDERS.items()]
         if op == "_retrieve_backward":

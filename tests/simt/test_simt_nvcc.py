@@ -71,7 +71,7 @@ def test_registers_and_spills(source):
     print(f"registers at most: {most}")
 
 
-@pytest.mark.parametrize("source", ["pool", "search"])
+@pytest.mark.parametrize("source", ["pool", "search", "decode_search"])
 def test_canonical_arithmetic_is_exact(source):
     """Nothing approximate and nothing flushed, anywhere in these kernels."""
     ptx = nvcc(
