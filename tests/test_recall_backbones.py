@@ -170,6 +170,18 @@ def test_mixers_are_causal_and_differentiable(name, layer):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
+def test_autocast_changes_little(name):
+    mixer = build(name)
+    x, e = torch.randn(2, 2, 40, 16).unbind()
+    expected = call(mixer, x, e)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = call(mixer, x, e)
+    out.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
+    assert (out - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
 def test_rows_of_a_batch_are_apart(name):
     mixer = build(name)
     x, e = torch.randn(2, 3, 40, 16).unbind()

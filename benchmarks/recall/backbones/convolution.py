@@ -29,11 +29,12 @@ class ImplicitKernel(nn.Module):
         self.fade = nn.Parameter(torch.linspace(1.2, 4.6, width))  # e^-1 to e^-5 at the end
 
     def forward(self) -> Tensor:
-        """[length, width]."""
-        x = self.features
-        for layer in self.inner:
-            x = torch.sin(self.frequency * layer(x))
-        return self.last(x) * torch.exp(-self.features[:, :1] * self.fade.abs())
+        """[length, width]. Sines of large arguments: never in half precision."""
+        with torch.autocast(self.features.device.type, enabled=False):
+            x = self.features
+            for layer in self.inner:
+                x = torch.sin(self.frequency * layer(x))
+            return self.last(x) * torch.exp(-self.features[:, :1] * self.fade.abs())
 
 
 class BaseConv(nn.Module):

@@ -7,7 +7,8 @@ as logarithms (<= 0), and only differences of their sums are exponentiated, so n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -16,6 +17,23 @@ CHUNK = 64
 VECTOR_CHUNK = 16  # here a chunk costs chunk^2 * D numbers, not chunk^2
 
 
+def at_least_float32(function: Callable) -> Callable:
+    """Long sums lose too much in half precision: autocast is off inside, half inputs are widened."""
+
+    @wraps(function)
+    def widened(*tensors: Tensor | None) -> Tensor:
+        device = tensors[0].device.type
+        with torch.autocast(device, enabled=False):
+            wide = (
+                x if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+                for x in tensors
+            )
+            return function(*wide).to(tensors[0].dtype)
+
+    return widened
+
+
+@at_least_float32
 def scalar_decay(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Tensor:
     """S_t = a_t S_{t-1} + k_t v_t^T, y_t = q_t S_t: log_decay [B, H, T] -> [B, H, T, V]."""
     state, out = _state(key, value), []
@@ -26,6 +44,7 @@ def scalar_decay(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -
     return torch.cat(out, dim=2)
 
 
+@at_least_float32
 def delta_rule(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor | None = None
 ) -> Tensor:
@@ -47,6 +66,7 @@ def delta_rule(
     return torch.cat(out, dim=2)
 
 
+@at_least_float32
 def key_decay(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Tensor:
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T, y_t = q_t S_t: log_decay [B, H, T, D]."""
     state, out = _state(key, value), []
@@ -58,6 +78,7 @@ def key_decay(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> T
     return torch.cat(out, dim=2)
 
 
+@at_least_float32
 def value_decay(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Tensor:
     """S_t = S_{t-1} diag(a_t) + k_t v_t^T, y_t = q_t S_t: log_decay [B, H, T, V]."""
     state, out = _state(key, value), []
@@ -69,6 +90,7 @@ def value_decay(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) ->
     return torch.cat(out, dim=2)
 
 
+@at_least_float32
 def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t^T, y_t = h_t c_t, step by step.
 
@@ -84,14 +106,13 @@ def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Te
     return torch.stack(out, dim=1)
 
 
+@at_least_float32
 def long_convolution(x: Tensor, kernel: Tensor) -> Tensor:
     """y_t = sum over s <= t of kernel[t - s] x_s, by FFT: x [B, T, D], kernel [>= T, D]."""
     steps = x.shape[1]
     size = 2 * steps  # no wrap-around
-    product = torch.fft.rfft(x.float(), size, dim=1) * torch.fft.rfft(
-        kernel[:steps].float(), size, dim=0
-    )
-    return torch.fft.irfft(product, size, dim=1)[:, :steps].to(x.dtype)
+    product = torch.fft.rfft(x, size, dim=1) * torch.fft.rfft(kernel[:steps], size, dim=0)
+    return torch.fft.irfft(product, size, dim=1)[:, :steps]
 
 
 def _state(k: Tensor, v: Tensor) -> Tensor:
