@@ -136,6 +136,15 @@ def test_check_tells_of_a_sequence_that_a_replayed_graph_found_full():
     cache.check()
 
 
+def test_check_counts_what_a_replayed_graph_has_appended():
+    """Python's count is what `reorder` and `state_dict` go by."""
+    cache = partly_filled()
+    longest = cache.get_seq_length()
+    cache.lengths += 2
+    cache.check()
+    assert cache.get_seq_length() == longest + 2
+
+
 BAD_SETTINGS = [
     (dict(batch=-1), "batch: expected an int of at least 0, got -1"),
     (dict(max_length=2**31), f"max_length: expected at most {2**31 - 1}, got {2**31}"),

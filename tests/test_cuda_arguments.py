@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from support import Problem
-from test_errors import SHAPES_AND_TYPES, case_id, error_of
+from test_errors import SHAPES_AND_TYPES, case_id, decode, error_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ops = torch.ops.resona
@@ -86,10 +86,16 @@ def test_cu_seqlens_elsewhere(first, second):
         )
 
 
+CALLS = [
+    (ops.fused_retrieve_attend, Problem().arguments()),
+    (ops.pool_chunks, pool_chunks()),
+    decode(),
+]
+
+
 @pytest.mark.skipif(HAS_CUDA, reason="built with CUDA kernels")
-@pytest.mark.parametrize("op", [ops.fused_retrieve_attend, ops.pool_chunks])
-def test_a_build_without_kernels_says_so(op):
-    arguments = pool_chunks() if op is ops.pool_chunks else Problem().arguments()
+@pytest.mark.parametrize("op, arguments", CALLS)
+def test_a_build_without_kernels_says_so(op, arguments):
     arguments = on("cuda", arguments)
     with torch._C._DisableTorchDispatch():
         error = error_of(op, arguments)
@@ -99,10 +105,11 @@ def test_a_build_without_kernels_says_so(op):
 
 @needs_cuda_build
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
-def test_a_torch_without_cuda_is_named():
-    arguments = on("cuda", pool_chunks())
+@pytest.mark.parametrize("op, arguments", CALLS)
+def test_a_torch_without_cuda_is_named(op, arguments):
+    arguments = on("cuda", arguments)
     with torch._C._DisableTorchDispatch():
-        error = error_of(ops.pool_chunks, arguments)
+        error = error_of(op, arguments)
     assert error == (
         "resona: expected a torch with CUDA for a tensor on cuda:0, got one without libtorch_cuda"
     )

@@ -5,16 +5,16 @@
 //     the best k of the ranges' keys -> slots     each block for itself: k rounds over a few KB from the L2,
 //                                                 where a launch of its own would cost more
 //     first block of the retrieval head           writes indices and scores
-//     slots -> k' S keys, tile by tile            teams of all the row's blocks take turns; the inner loops
-//     are
-//                                                 those of attend_query.cuh and attend_query_mma.cuh
+//     slots -> k' S keys, tile by tile            teams of all the row's blocks take turns, in the inner
+//                                                 loops of attend_query.cuh and attend_query_mma.cuh
 //     teams of the block meet in shared memory
 //     partial result -> memory, ticket            the last block to arrive of the row goes on:
 //     partial results of all splits, ascending    however the blocks were scheduled, the same bits
 //     sink, division, out and lse
 //   first block of the sequence                   counts the new token, or marks a sequence without room
 //
-// Short selections wake fewer blocks: a block has at least one tile for each of its teams, or ends at once.
+// k' is how many of the k slots are filled. Short selections wake fewer blocks: a block has a tile
+// for each of its teams, or ends at once.
 //
 // Bytes: 4 k' S D per row in 16-bit types, and 4 (D + 2) per head and split twice, through the L2.
 #pragma once

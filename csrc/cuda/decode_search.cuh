@@ -20,8 +20,7 @@
 // several fit on a multiprocessor, so the memory's latency is covered. Arithmetic: C E fp64 FMA and as many
 // conversions, on devices with full-rate fp64 below the memory time.
 //
-// A sequence without room for its token (full, or marked so before) is left alone: its position is
-// -1.
+// A sequence without room for its token (full, or marked so before) is left alone: its position is -1.
 #pragma once
 
 #include "cuda/attend_tile.cuh"

@@ -1,5 +1,4 @@
-// The best k of a list of keys, best first, by the threads of a block: k times the largest below the last
-// one.
+// The best k of a list of keys, best first, by a block: k times the largest below the last one.
 //
 // A thread keeps the largest that is left of its own keys, so a round costs one reduction and one barrier,
 // and only the thread whose key was taken reads its keys again.

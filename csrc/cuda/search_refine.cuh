@@ -1,13 +1,13 @@
 // From candidates to results: canonical scores (common/canonical.h), the best k, and the proof that nothing
 // better was passed over. See search.cuh for the sequence.
 //
-//   search_norms_kernel    a warp per 64 chunks: the largest norm among them; zeroes the count of uncertain
-//   rows search_refine_kernel   a warp per row: 8 lanes score a candidate, four at a time -> keys in shared
-//   memory;
+//   search_norms_kernel    a warp per 64 chunks: the largest norm among them; zeroes the count of rows that
+//                          are uncertain
+//   search_refine_kernel   a warp per row: 8 lanes score a candidate, four at a time -> keys in shared memory
 //                          k times the largest key below the last one -> indices, scores; is the row certain?
 //   search_exact_kernel    a block per uncertain row: every eligible chunk scored -> keys in global memory;
-//   the
-//                          same selection. With no list it takes all rows, for problems without candidates.
+//                          the same selection. Without a list it takes all rows, for problems without
+//                          candidates.
 //
 // Certain means: all eligible chunks were candidates, or the cutoff, which no other chunk's quick product
 // exceeds, lies below what common/filter.h allows to reach the k-th score.

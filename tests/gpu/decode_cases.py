@@ -46,8 +46,8 @@ def cases(case: type[Case]) -> Iterator[Case]:
     yield case("decode_step", "tokens as chunks", L=3000, S=1, k=20, contents="four_letters")
     yield case("decode_step", "slots of its own", torch.bfloat16, B=1, L=1500, S=1, k=1400)
     for dtype in (torch.bfloat16, torch.float32):
-        sizes = dict(B=2, L=262144, R=1, E=128, S=64, k=8, H=8, Hkv=2, D=128)
-        yield case("decode_step", "256k tokens", dtype, large=True, **sizes)
+        sizes = dict(B=2, L=65536, R=1, E=128, S=64, k=8, H=8, Hkv=2, D=128)
+        yield case("decode_step", "64k tokens", dtype, large=True, **sizes)
 
 
 def make(case: Case, seed: int) -> Arguments:
