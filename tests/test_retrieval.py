@@ -47,6 +47,16 @@ def test_many_tiles_of_chunks(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_scores_that_rise_with_the_chunk(dtype):
+    """Every chunk enters every list: the candidates of a row outgrow their buffer."""
+    chunks = torch.randn(1, 400, 1, 32) + torch.linspace(0, 20, 400)[:, None, None]
+    query = torch.randn(1, 50, 1, 32) + 5
+    chunks, query = chunks.to(dtype), query.to(dtype)
+    got = ops.retrieve(query, chunks, 2, 3, 800)
+    assert_same_bits(got, reference.retrieve(query, chunks, 2, 3, 800))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_packed_restarts_the_grid(dtype):
     lengths = [0, 17, 3, 0, 64, 1, 40]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()

@@ -11,6 +11,10 @@
 //             fp32: at most 6 errors of 2 u A for 4 products, 3 n u A in all. Taken as 4 n u.
 //   3xTF32    x = high + low + rest with |rest| <= 2^-22 |x| and |low| <= 2^-11 |x|: the products left out
 //             are below 12 u A. Three sums of n products, as above: 9 n u A and a little. Taken as 10 n u.
+//   bf16 tile (AMX) fused multiply-adds and sums in fp32, each rounded to nearest (Intel SDM, TDPBF16PS): as
+//   fp32.
+//             Factors that are not bfloat16 are rounded to it, by 2^-9 each: (1 + 2^-9)^2 - 1 < 0x1.01p-8
+//             more. Denormal factors and results count as zero, which is `absolute`.
 // `absolute` covers products that underflow, for factors in the range of in_filter_range.
 #pragma once
 
@@ -38,6 +42,10 @@ RESONA_HD FilterError tf32x3_error(int64_t n) {
   return {static_cast<double>(n + 16) * 10 * 0x1p-24, static_cast<double>(n) * 0x1p-90};
 }
 
+RESONA_HD FilterError tile_error(int64_t n, bool rounded) {
+  return {1.01 * fp32_error(n).relative + (rounded ? 0x1.01p-8 : 0.0), static_cast<double>(n) * 0x1p-90};
+}
+
 constexpr int64_t kLongestFilterRow = int64_t{1} << 20;
 
 // What pool_chunks writes has either a NaN or a norm of at most this, for rows in the filter's range:
@@ -61,6 +69,14 @@ RESONA_HD double filter_limit(double kth_score, double query_norm, double larges
   const double wanted = kth_score * query_norm;
   const double bound = error.relative * query_norm * largest_chunk_norm + error.absolute;
   return wanted - 1.01 * bound - std::fabs(wanted) * 0x1p-20;
+}
+
+// The same from a quick product: chunks below this rank under those k whose quick products are `kth_product`
+// or more. Both sides of the comparison may err.
+RESONA_HD double quick_filter_limit(double kth_product, double query_norm, double largest_chunk_norm,
+                                    FilterError error) {
+  const double bound = error.relative * query_norm * largest_chunk_norm + error.absolute;
+  return kth_product - 2.02 * bound - std::fabs(kth_product) * 0x1p-20;
 }
 
 }  // namespace resona

@@ -9,7 +9,10 @@ constexpr int64_t kTasksPerThread = 4;  // enough to balance causal work
 // Scratch per thread, beyond which nothing is gained, and of all threads together.
 constexpr int64_t kAttendBytes = 16 << 20, kAllAttendBytes = 256 << 20;
 constexpr int64_t kSearchBytes = 8 << 20, kAllSearchBytes = 128 << 20;
-constexpr int64_t kListEntryBytes = 28;  // index, entry, sorted entry and the slack of growing vectors
+constexpr int64_t kSlotBytes = 32;     // score, index and product, and two candidates
+constexpr int64_t kQueryBytes = 1536;  // products and candidates of a tile of chunks, and bookkeeping
+constexpr int64_t kListEntryBytes =
+    36;  // index, entry, sorted entry, row, bias and the slack of growing vectors
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -41,12 +44,18 @@ SearchPlan plan_search(const Shape& s, DType embedding_dtype, const Device& devi
   // A block's queries, chunks and top-k lists stay in cache, and in bounds for any E and k.
   const int64_t budget = std::min(kSearchBytes, kAllSearchBytes / device.threads);
   const int64_t vector_bytes = 2 * s.retrieval_dim * accumulator_size(embedding_dtype);
-  const int64_t rows = budget / (vector_bytes + 12 * slots_of(s)) / 6 * 6;
-  plan.query_block = balanced(s.queries, lanes, 6, std::clamp<int64_t>(rows, 6, 192), device);
+  plan.tiles = device.tiles && embedding_dtype != DType::kFloat64;
+  // Whole tiles of rows; so fast that a tile of chunks has to be loaded for more of them.
+  const int64_t unit = plan.tiles ? 16 : 6, most = plan.tiles ? 768 : 192;
+  const int64_t rows = budget / (2 * vector_bytes + kSlotBytes * slots_of(s) + kQueryBytes) / unit * unit;
+  plan.query_block = balanced(s.queries, lanes, unit, std::clamp<int64_t>(rows, unit, most), device);
   plan.chunk_block = std::clamp<int64_t>(budget / vector_bytes / 16 * 16, 16, 64);
   if (embedding_dtype == DType::kFloat64) {
     plan.kernel = "exhaustive";
     plan.reason = "float64 embeddings: every score is canonical";
+  } else if (plan.tiles) {
+    plan.kernel = "filter_refine_tiles";
+    plan.reason = "bf16 products with a proven error bound pass over chunks that cannot enter the top k";
   } else {
     plan.kernel = "filter_refine";
     plan.reason = "fp32 scores with a proven error bound pass over chunks that cannot enter the top k";
@@ -56,15 +65,18 @@ SearchPlan plan_search(const Shape& s, DType embedding_dtype, const Device& devi
 
 AttendPlan plan_attend(const Shape& s, DType dtype, const Device& device) {
   AttendPlan plan;
-  plan.kernel = "chunk_stationary";
+  plan.tiles = device.tiles && dtype == DType::kBFloat16;
+  plan.kernel = plan.tiles ? "chunk_stationary_tiles" : "chunk_stationary";
   plan.reason = "a chunk's keys and values are packed once and meet all queries that selected it";
-  plan.row_tile = 48;
+  plan.row_tile = plan.tiles ? 32 : 48;
   plan.key_tile = std::min<int64_t>(padded(chunk_size_of(s)), 128);
   const int64_t chunks = std::max<int64_t>(1, s.context / s.chunk_size);
   const int64_t group = s.heads / std::max<int64_t>(1, s.kv_heads);
-  // Packing pays when a chunk meets about a row tile of queries inside one range.
+  // Packing pays when a chunk meets about a row tile of queries inside one range; on tiles products are so
+  // fast that fetching and packing a chunk weighs as much as three for every two of its tokens.
   const int64_t slots = std::max<int64_t>(1, slots_of(s));
-  const int64_t wanted = ceil_div(plan.row_tile * chunks, slots * group);
+  const int64_t rows_per_chunk = plan.tiles ? std::max<int64_t>(32, 3 * plan.key_tile / 2) : plan.row_tile;
+  const int64_t wanted = ceil_div(rows_per_chunk * chunks, slots * group);
   const int64_t row_bytes = padded(s.head_dim) * accumulator_size(dtype) * group + kListEntryBytes * slots;
   const int64_t budget = std::min(kAttendBytes, kAllAttendBytes / device.threads);
   const int64_t affordable = std::max<int64_t>(64, budget / row_bytes);
@@ -78,8 +90,8 @@ Plan make_plan(const Shape& s, DType dtype, DType embedding_dtype, const Device&
   Plan plan{plan_pool(s, device), plan_search(s, embedding_dtype, device), plan_attend(s, dtype, device), 0};
   const int64_t width = accumulator_size(dtype), group = s.heads / std::max<int64_t>(1, s.kv_heads);
   const int64_t dim = padded(s.head_dim), embedding = padded(s.retrieval_dim);
-  const int64_t search = (2 * plan.search.query_block + 2 * plan.search.chunk_block) * embedding * width +
-                         plan.search.query_block * (plan.search.chunk_block * width + slots_of(s) * 12);
+  const int64_t search = (3 * plan.search.query_block + 4 * plan.search.chunk_block) * embedding * width +
+                         plan.search.query_block * (kQueryBytes + slots_of(s) * kSlotBytes);
   const AttendPlan& a = plan.attend;
   const int64_t attend = a.query_range * (group * (dim + 2) * width + slots_of(s) * kListEntryBytes) +
                          (2 * a.key_tile + 2 * a.row_tile) * dim * width + a.row_tile * a.key_tile * width;

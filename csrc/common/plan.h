@@ -10,6 +10,7 @@ namespace resona {
 
 struct Device {
   int64_t threads;
+  bool tiles = false;  // multiplies matrices of bfloat16 (AMX)
 };
 
 struct PoolPlan {
@@ -23,6 +24,7 @@ struct SearchPlan {
   const char* reason;
   int64_t query_block;  // queries per task
   int64_t chunk_block;  // chunks per tile
+  bool tiles;           // quick products of bfloat16 on matrix tiles; else of float32
 };
 
 struct AttendPlan {
@@ -32,6 +34,7 @@ struct AttendPlan {
   int64_t row_tile;     // gathered query rows per tile
   int64_t key_tile;     // keys per tile
   int64_t list_chunks;  // backward: chunks per task
+  bool tiles;           // products of bfloat16 on matrix tiles; else in the accumulation type
 };
 
 struct Plan {

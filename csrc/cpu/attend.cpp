@@ -13,76 +13,38 @@
 // partial results in memory.
 #include <cmath>
 
-#include "cpu/attend_tile.h"
+#include "cpu/attend_tiles.h"
+#include "cpu/attend_vector.h"
 #include "cpu/stages.h"
 
 namespace resona::cpu {
 namespace {
 
-template <class A>
+template <class Attention>
 struct Scratch {
-  Scratch(const Shape& s, const AttendPlan& plan) {
-    const int64_t group = s.heads / s.kv_heads, dim = padded(s.head_dim), keys = padded(plan.key_tile);
-    const int64_t rows = std::min(plan.query_range, s.queries) * group;
-    accumulator = Buffer<A>(rows * dim);
-    peak = Buffer<A>(rows);
-    total = Buffer<A>(rows);
-    key = Buffer<A>(keys * dim);
-    key_transposed = Buffer<A>(keys * dim);
-    value = Buffer<A>(keys * dim);
-    query = Buffer<A>(plan.row_tile * dim);
-    weight = Buffer<A>(plan.row_tile * keys);
-    out = Buffer<A>(plan.row_tile * dim);
-    bias = Buffer<A>(plan.row_tile);
-    decay = Buffer<A>(plan.row_tile);
-    rows_of_tile = Buffer<int32_t>(plan.row_tile);
-  }
-  Buffer<A> accumulator;                 // [queries of the range, G, padded(D)]
-  Buffer<A> peak, total;                 // [queries of the range, G]
-  Buffer<A> key, key_transposed, value;  // of one key tile
-  Buffer<A> query, weight, out;          // of one row tile
-  Buffer<A> bias, decay;
-  Buffer<int32_t> rows_of_tile;
+  Scratch(const AttendProblem& p, const AttendPlan& plan)
+      : running(std::min(plan.query_range, p.shape.queries) * (p.shape.heads / p.shape.kv_heads),
+                Attention::width(p.shape.head_dim)),
+        attention(p, plan) {}
+  Running<typename Attention::Accumulator> running;
+  Attention attention;
 };
 
-template <class A>
-void attend_rows(const AttendProblem& p, const RowTile& tile, int64_t key_count, Scratch<A>& s) {
-  const int64_t dim = p.shape.head_dim, width = padded(dim), keys = padded(key_count);
-  const Kernels<A>& kernel = kernels<A>();
-  gather_rows(tile, p.query, dim, s.query.data());
-  gather_bias(p, tile, s.bias.data());
-  for (int64_t i = 0; i < tile.count; ++i) s.rows_of_tile[i] = static_cast<int32_t>(tile.accumulator(i));
-  kernel.gemm({tile.count, keys, dim, s.query.data(), width, 1, s.key_transposed.data(), keys,
-               s.weight.data(), keys, false});
-  kernel.softmax({tile.count, key_count, keys, s.weight.data(), static_cast<A>(p.scale), s.bias.data(),
-                  s.rows_of_tile.data(), s.peak.data(), s.total.data(), s.decay.data()});
-  kernel.gemm({tile.count, width, key_count, s.weight.data(), keys, 1, s.value.data(), width, s.out.data(),
-               width, false});
-  for (int64_t i = 0; i < tile.count; ++i)
-    kernel.decay_and_add(s.decay[i], s.out.data() + i * width,
-                         s.accumulator.data() + s.rows_of_tile[i] * width, width);
-}
-
-template <class A>
+template <class Attention>
 void attend_chunk(const AttendProblem& p, const AttendPlan& plan, const Task& task, const ChunkLists& lists,
-                  const Run& run, Scratch<A>& s) {
-  const Sequence& sequence = *task.sequence;
-  const int64_t dim = p.shape.head_dim, group = p.shape.heads / p.shape.kv_heads;
-  for (int64_t first = 0; first < p.shape.chunk_size; first += plan.key_tile) {
-    const int64_t count = std::min(plan.key_tile, p.shape.chunk_size - first);
-    const int64_t token = sequence.token_begin + run.chunk * p.shape.chunk_size + first;
-    load_tokens(p.key, sequence, task.head, token, count, dim, s.key.data());
-    transpose_tokens(s.key.data(), count, dim, s.key_transposed.data());
-    load_tokens(p.value, sequence, task.head, token, count, dim, s.value.data());
-    for_each_row_tile(lists, run, sequence, task.head, group, task.begin, plan.row_tile,
-                      [&](const RowTile& tile) { attend_rows(p, tile, count, s); });
+                  const Run& run, Scratch<Attention>& s) {
+  const int64_t chunk_size = p.shape.chunk_size;
+  for (int64_t first = 0; first < chunk_size; first += plan.key_tile) {
+    const int64_t count = std::min(plan.key_tile, chunk_size - first);
+    s.attention.load_keys(task, task.sequence->token_begin + run.chunk * chunk_size + first, count);
+    s.attention.attend(task, lists, run, count, s.running);
   }
 }
 
 // Adds the sink, divides and writes one row.
-template <class A>
-void finish_row(const AttendProblem& p, int64_t batch, int64_t query, int64_t head, A peak, A total,
-                A* accumulator) {
+template <class Attention, class A>
+void finish_row(const AttendProblem& p, const Attention& attention, int64_t batch, int64_t query,
+                int64_t head, A peak, A total, A* accumulator) {
   const A minus_infinity = -std::numeric_limits<A>::infinity();
   const A sink = p.sink == nullptr ? minus_infinity : static_cast<const A*>(p.sink)[head];
   const A top = sink > peak ? sink : peak;
@@ -91,39 +53,43 @@ void finish_row(const AttendProblem& p, int64_t batch, int64_t query, int64_t he
   const A sum = total * decay + std::exp(sink - reference);
   const bool nothing = sum == 0;
   const A factor = nothing ? A(0) : decay / sum;
-  for (int64_t d = 0; d < p.shape.head_dim; ++d) accumulator[d] = nothing ? A(0) : accumulator[d] * factor;
-  kernels<A>().store_row(p.out.dtype, accumulator, p.out.at(batch, query, head), p.shape.head_dim);
+  if (nothing) std::fill_n(accumulator, p.shape.head_dim, A(0));  // a weight of 0 times an infinite value
+  attention.store(factor, accumulator, p.out.at(batch, query, head));
   static_cast<A*>(p.lse)[head_offset(p.shape, batch, query, head)] =
       nothing ? minus_infinity : reference + std::log(sum);
 }
 
-template <class A>
-void attend_task(const AttendProblem& p, const AttendPlan& plan, const Task& task, Scratch<A>& s) {
-  const int64_t group = p.shape.heads / p.shape.kv_heads, width = padded(p.shape.head_dim);
-  const int64_t rows = (task.end - task.begin) * group;
-  std::fill_n(s.accumulator.data(), rows * width, A(0));
-  std::fill_n(s.peak.data(), rows, -std::numeric_limits<A>::infinity());
-  std::fill_n(s.total.data(), rows, A(0));
+template <class Attention>
+void attend_task(const AttendProblem& p, const AttendPlan& plan, const Task& task, Scratch<Attention>& s) {
+  using A = typename Attention::Accumulator;
+  const int64_t group = p.shape.heads / p.shape.kv_heads, rows = (task.end - task.begin) * group;
+  s.running.reset(rows);
   const ChunkLists lists =
       selection_lists<A>(p, *task.sequence, retrieval_head_of(p.shape, task.head), task.begin, task.end);
-  for (const Run& run : lists.runs) attend_chunk(p, plan, task, lists, run, s);
+  s.attention.begin(task, lists);
+  for (size_t i = 0; i < lists.runs.size(); ++i) {
+    if (i + 1 < lists.runs.size()) s.attention.expect(task, lists.runs[i + 1].chunk);
+    attend_chunk(p, plan, task, lists, lists.runs[i], s);
+  }
   for (int64_t row = 0; row < rows; ++row)
-    finish_row(p, task.sequence->batch, task.begin + row / group, task.head * group + row % group,
-               s.peak[row], s.total[row], s.accumulator.data() + row * width);
+    finish_row(p, s.attention, task.sequence->batch, task.begin + row / group,
+               task.head * group + row % group, s.running.peak[row], s.running.total[row],
+               s.running.sum.data() + row * s.running.width);
 }
 
-template <class A>
+template <class Attention>
 void run(const AttendProblem& p, const AttendPlan& plan, const Executor& executor) {
   const auto tasks = make_tasks(*p.sequences, p.shape.kv_heads, plan.query_range, query_extent);
   for_each_task(
-      executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<A>(p.shape, plan); },
-      [&](Scratch<A>& s, int64_t i) { attend_task(p, plan, tasks[i], s); });
+      executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<Attention>(p, plan); },
+      [&](Scratch<Attention>& s, int64_t i) { attend_task(p, plan, tasks[i], s); });
 }
 
 }  // namespace
 
 void attend(const AttendProblem& p, const AttendPlan& plan, const Executor& executor) {
-  p.query.dtype == DType::kFloat64 ? run<double>(p, plan, executor) : run<float>(p, plan, executor);
+  if (p.query.dtype == DType::kFloat64) return run<VectorAttention<double>>(p, plan, executor);
+  plan.tiles ? run<TileAttention>(p, plan, executor) : run<VectorAttention<float>>(p, plan, executor);
 }
 
 }  // namespace resona::cpu

@@ -2,6 +2,7 @@
 // tile of keys or values, gathering the query rows that selected a chunk.
 #pragma once
 
+#include <cstring>
 #include <limits>
 
 #include "cpu/buffer.h"
@@ -80,6 +81,15 @@ struct RowTile {
   int64_t accumulator(int64_t i) const { return entry(i).row * group + (begin + i) % group; }
 };
 
+inline void accumulator_rows(const RowTile& tile, int32_t* rows) {
+  const Entry* entry = &tile.entry(0);
+  int64_t head = tile.begin % tile.group;
+  for (int64_t i = 0; i < tile.count; ++i) {
+    rows[i] = static_cast<int32_t>(entry->row * tile.group + head);
+    if (++head == tile.group) ++entry, head = 0;
+  }
+}
+
 template <class A>
 void gather_rows(const RowTile& tile, const Rows& from, int64_t dim, A* to) {
   const int64_t width = padded(dim);
@@ -88,6 +98,22 @@ void gather_rows(const RowTile& tile, const Rows& from, int64_t dim, A* to) {
     std::fill(to + dim, to + width, A(0));
   }
 }
+
+// What a range of queries has accumulated so far, [queries of the range, G].
+template <class A>
+struct Running {
+  Running(int64_t rows, int64_t width) : width(width), sum(rows * width), peak(rows), total(rows) {}
+
+  void reset(int64_t rows) {
+    std::fill_n(sum.data(), rows * width, A(0));
+    std::fill_n(peak.data(), rows, -std::numeric_limits<A>::infinity());
+    std::fill_n(total.data(), rows, A(0));
+  }
+
+  int64_t width;
+  Buffer<A> sum;          // weights times values, [rows, width]
+  Buffer<A> peak, total;  // highest logit, sum of the weights
+};
 
 template <class A>
 void gather_bias(const AttendProblem& p, const RowTile& tile, A* to) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/problem.h"
+#include "cpu/tile_kernels.h"
 
 namespace resona::cpu {
 
@@ -78,9 +79,10 @@ struct KernelSet {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+  const TileKernels* tiles;  // null where the processor has none
 };
 
-// The widest set this processor runs, or the one named by RESONA_CPU_ISA (avx512, avx2, portable).
+// The widest set this processor runs, or the one named by RESONA_CPU_ISA (amx, avx512, avx2, portable).
 const KernelSet& kernel_set();
 
 template <class A>

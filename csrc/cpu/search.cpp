@@ -2,15 +2,18 @@
 //
 //   for each block of queries
 //     for each tile of chunks, ascending
-//       tile = Q C^T                                    fp32, any order of summation
+//       tile = Q C^T                                      fp32, or bfloat16 on matrix tiles
 //       for each query: columns not below its threshold   one vector compare
-//         canonical score (fp64, fixed order) -> insert into the row's sorted list
+//         -> its candidates; the k best products so far set the threshold
+//     for each query: canonical score (fp64, fixed order) of the candidates still above the threshold
+//                     -> sorted list
 //
-// The threshold is the row's k-th canonical score less a proven bound on the error of the fp32 product,
-// so a chunk that is passed over cannot belong to the top k: the result is exact on any data. Ties and
-// repeated text only mean that more columns are scored canonically.
+// The threshold is the k-th best product less twice a proven bound on its error, so a chunk that is passed
+// over cannot belong to the top k: the result is exact on any data. Ties and repeated text only mean more
+// candidates; when a row's buffer of them is full, they are scored canonically at once.
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <type_traits>
 
 #include "common/canonical.h"
@@ -23,90 +26,120 @@
 namespace resona::cpu {
 namespace {
 
-template <class A>
 struct Query {
-  double norm;       // of the raw query, canonical
-  double magnitude;  // raw query = filter query * magnitude; a power of two, so thresholds scale exactly
-  bool exhaustive;   // the filter says nothing about this row
-  int64_t eligible;  // chunks in its past
-  int64_t found;     // filled slots
+  double norm;         // of the raw query, canonical
+  double filter_norm;  // of the filter query: the raw one divided by a power of two
+  bool exhaustive;     // the filter says nothing about this row
+  int64_t eligible;    // chunks in its past
+  int64_t found;       // filled slots
+  int64_t ranked;      // products in its list of the best
+  int64_t candidates;
+};
+
+struct Candidate {
+  float product;
+  int32_t chunk;
 };
 
 template <class A>
 struct Scratch {
   Scratch(const SearchPlan& plan, int64_t dim, int64_t slots)
       : slots(slots),
+        capacity(2 * slots + 2 * plan.chunk_block),
         raw(plan.query_block * dim),
         filter(plan.query_block * dim),
         chunks(plan.chunk_block * dim),
         packed(padded(plan.chunk_block) * dim),
-        tile(plan.query_block * padded(plan.chunk_block)),
+        tile(padded_tile(plan.query_block) * padded(plan.chunk_block)),
         scores(plan.query_block * slots),
         indices(plan.query_block * slots),
+        best(plan.query_block * slots),
+        candidates(plan.query_block * capacity),
         columns(plan.chunk_block),
-        queries(plan.query_block) {}
+        queries(plan.query_block),
+        chunk(dim) {
+    if (!plan.tiles) return;
+    scope = std::make_unique<TileScope>(*kernel_set().tiles);
+    tile_filter = Buffer<uint16_t>(padded_tile(plan.query_block) * padded_brick(dim));
+    tile_chunks = Buffer<uint16_t>(plan.chunk_block * dim);
+    tile_packed = Buffer<uint16_t>(padded(plan.chunk_block) * padded_brick(dim));
+  }
   int64_t slots;             // k, or the number of chunks if that is smaller
+  int64_t capacity;          // candidates per query
   Buffer<A> raw, filter;     // [query_block, E]; filter rows have their largest element in [1, 2)
   Buffer<A> chunks, packed;  // [chunk_block, E] and its transpose, padded with zero columns
   Buffer<A> tile;            // [query_block, padded(chunk_block)]
   Buffer<A> scores;          // [query_block, slots], best first
   Buffer<int32_t> indices;
+  Buffer<float> best;            // [query_block, slots] products, best first
+  Buffer<Candidate> candidates;  // [query_block, capacity], chunks ascending
   Buffer<int32_t> columns;
-  Buffer<Query<A>> queries;
+  Buffer<Query> queries;
+  Buffer<A> chunk;            // one row
+  double largest_chunk_norm;  // so far; NaN chunks count for none
+  FilterError error;
+  std::unique_ptr<TileScope> scope;
+  Buffer<uint16_t> tile_filter, tile_chunks, tile_packed;  // the same as bfloat16
 };
 
 template <class A>
-Query<A> prepare_query(const A* raw, A* filter, int64_t dim, int64_t eligible) {
-  Query<A> query{std::sqrt(kernels<A>().canonical_dot(raw, raw, dim)), 1.0, true, eligible, 0};
+Query prepare_query(const A* raw, A* filter, int64_t dim, int64_t eligible) {
+  Query query{std::sqrt(kernels<A>().canonical_dot(raw, raw, dim)), 0, true, eligible, 0, 0, 0};
   if constexpr (std::is_same_v<A, float>) {
     double largest = 0;
     for (int64_t e = 0; e < dim; ++e) largest = std::max(largest, std::fabs(static_cast<double>(raw[e])));
-    if (largest > 0 && std::isfinite(query.norm)) {
+    if (largest > 0 && std::isfinite(query.norm) && dim <= kLongestFilterRow) {
       const int exponent = std::ilogb(largest);
-      query.magnitude = std::ldexp(1.0, exponent);
+      const double factor = std::ldexp(1.0, -exponent);
+      query.filter_norm = query.norm * factor;
       query.exhaustive = false;
-      for (int64_t e = 0; e < dim; ++e)
-        filter[e] = static_cast<float>(std::ldexp(static_cast<double>(raw[e]), -exponent));
+      for (int64_t e = 0; e < dim; ++e) filter[e] = static_cast<float>(raw[e] * factor);
     }
   }
   if (query.exhaustive) std::fill_n(filter, dim, A(0));
   return query;
 }
 
-// Loads a tile of chunks, packs its transpose and returns the largest norm among them; NaN counts for none.
+// Loads a tile of chunks, packs its transpose and takes note of the largest norm among them.
 template <class A>
-double load_chunks(const RetrieveProblem& p, const Task& task, int64_t first, int64_t count, Scratch<A>& s) {
+void load_chunks(const RetrieveProblem& p, const Task& task, int64_t first, int64_t count, Scratch<A>& s) {
   const int64_t dim = p.shape.retrieval_dim, width = padded(count);
-  double largest = 0;
+  const Kernels<A>& kernel = kernels<A>();
   for (int64_t c = 0; c < count; ++c) {
     A* row = s.chunks.data() + c * dim;
     const int64_t chunk = task.sequence->chunk_begin + first + c;
-    kernels<A>().load_row(p.chunks.dtype, p.chunks.at(task.sequence->batch, chunk, task.head), row, dim);
-    for (int64_t e = 0; e < dim; ++e) s.packed[e * width + c] = row[e];
-    const double norm = std::sqrt(kernels<A>().canonical_dot(row, row, dim));
-    if (norm > largest) largest = norm;  // a NaN chunk passes the filter by itself
+    kernel.load_row(p.chunks.dtype, p.chunks.at(task.sequence->batch, chunk, task.head), row, dim);
+    const double norm = std::sqrt(kernel.canonical_dot(row, row, dim));
+    if (norm > s.largest_chunk_norm) s.largest_chunk_norm = norm;  // a NaN chunk passes the filter by itself
+    if (s.scope != nullptr)
+      kernel.store_row(DType::kBFloat16, row, s.tile_chunks.data() + c * dim, dim);
+    else
+      for (int64_t e = 0; e < dim; ++e) s.packed[e * width + c] = row[e];
   }
+  if (s.scope != nullptr)
+    return kernel_set().tiles->pack_transposed({s.tile_chunks.data(), dim, count, dim}, s.tile_packed.data());
   for (int64_t e = 0; e < dim; ++e)
     for (int64_t c = count; c < width; ++c) s.packed[e * width + c] = 0;
-  return largest;
 }
 
-// A chunk whose fp32 product with the filter query lies below this cannot enter the row's list.
+// s.tile = Q C^T for rows [row, rows).
 template <class A>
-A threshold(const Query<A>& query, A kth_score, double largest_chunk_norm, int64_t dim) {
-  constexpr A kLowest = -std::numeric_limits<A>::infinity();
-  if (query.norm == 0) return -kLowest;  // all its scores are 0: the first chunks stay
-  if (query.exhaustive || kth_score != kth_score || !(largest_chunk_norm < 0x1p60) || dim > kLongestFilterRow)
-    return kLowest;
-  const double norm = query.norm / query.magnitude;
-  const double limit =
-      filter_limit(static_cast<double>(kth_score), norm, largest_chunk_norm, fp32_error(dim));
-  if (limit != limit || std::fabs(limit) > static_cast<double>(std::numeric_limits<A>::max())) return kLowest;
-  return static_cast<A>(limit);
+void multiply(int64_t row, int64_t rows, int64_t width, int64_t dim, Scratch<A>& s) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (s.scope != nullptr) {
+      const int64_t depth = padded_brick(dim);
+      row = row / 16 * 16;
+      return kernel_set().tiles->gemm({padded_tile(rows - row), width, depth,
+                                       s.tile_filter.data() + row * depth, depth, s.tile_packed.data(),
+                                       s.tile.data() + row * width, width, false});
+    }
+  }
+  kernels<A>().gemm({rows - row, width, dim, s.filter.data() + row * dim, dim, 1, s.packed.data(), width,
+                     s.tile.data() + row * width, width, false});
 }
 
 template <class A>
-void insert(A score, int32_t index, int64_t top_k, Query<A>& query, A* scores, int32_t* indices) {
+void insert(A score, int32_t index, int64_t top_k, Query& query, A* scores, int32_t* indices) {
   int64_t slot = query.found;
   if (slot == top_k) {
     if (!canonical::later_ranks_above(score, scores[top_k - 1])) return;
@@ -122,55 +155,110 @@ void insert(A score, int32_t index, int64_t top_k, Query<A>& query, A* scores, i
   indices[slot] = index;
 }
 
+template <class A>
+void score(const RetrieveProblem& p, const Task& task, int64_t row, int64_t chunk, Scratch<A>& s) {
+  const int64_t dim = p.shape.retrieval_dim, top_k = s.slots;
+  Query& query = s.queries[row];
+  const int64_t at = task.sequence->chunk_begin + chunk;
+  const Kernels<A>& kernel = kernels<A>();
+  kernel.load_row(p.chunks.dtype, p.chunks.at(task.sequence->batch, at, task.head), s.chunk.data(), dim);
+  const double dot = kernel.canonical_dot(s.raw.data() + row * dim, s.chunk.data(), dim);
+  insert(canonical::score<A>(dot, query.norm), static_cast<int32_t>(chunk), top_k, query,
+         s.scores.data() + row * top_k, s.indices.data() + row * top_k);
+}
+
+// A chunk whose product lies below this cannot be among the best.
+template <class A>
+float threshold(const Query& query, const float* best, const Scratch<A>& s) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  const double most = s.scope != nullptr ? 0x1p30 : 0x1p60;
+  if (query.ranked < s.slots || !(s.largest_chunk_norm < most)) return kLowest;
+  const double limit =
+      quick_filter_limit(best[s.slots - 1], query.filter_norm, s.largest_chunk_norm, s.error);
+  return std::fabs(limit) <= std::numeric_limits<float>::max() ? static_cast<float>(limit) : kLowest;
+}
+
+// Drops the candidates below the threshold; scores the others if that leaves no room, or if they are the
+// last.
+template <class A>
+void refine(const RetrieveProblem& p, const Task& task, int64_t row, int64_t room, Scratch<A>& s) {
+  Query& query = s.queries[row];
+  Candidate* candidates = s.candidates.data() + row * s.capacity;
+  const float bar = threshold(query, s.best.data() + row * s.slots, s);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < query.candidates; ++i)
+    if (!(candidates[i].product < bar)) candidates[kept++] = candidates[i];
+  query.candidates = kept;
+  if (kept + room <= s.capacity) return;
+  for (int64_t i = 0; i < kept; ++i) score(p, task, row, candidates[i].chunk, s);
+  query.candidates = 0;
+}
+
 // One query against one tile of chunks [first, first + count), all of them eligible.
 template <class A>
-void scan_row(const RetrieveProblem& p, int64_t row, int64_t first, int64_t count, int64_t width,
-              double largest_chunk_norm, Scratch<A>& s) {
-  const int64_t dim = p.shape.retrieval_dim, top_k = s.slots;
-  Query<A>& query = s.queries[row];
-  A* scores = s.scores.data() + row * top_k;
-  int32_t* indices = s.indices.data() + row * top_k;
-  const A* raw = s.raw.data() + row * dim;
-  const A lowest = -std::numeric_limits<A>::infinity();
-  const auto limit = [&] {
-    return query.found < top_k ? lowest : threshold(query, scores[top_k - 1], largest_chunk_norm, dim);
-  };
+void scan_row(const RetrieveProblem& p, const Task& task, int64_t row, int64_t first, int64_t count,
+              int64_t width, Scratch<A>& s) {
+  Query& query = s.queries[row];
+  if (query.exhaustive) {
+    if (query.norm == 0 && query.found == s.slots) return;  // all its scores are 0: the first chunks stay
+    for (int64_t c = 0; c < count; ++c) score(p, task, row, first + c, s);
+    return;
+  }
+  if (query.candidates + count > s.capacity) refine(p, task, row, count, s);
+  float* best = s.best.data() + row * s.slots;
+  Candidate* candidates = s.candidates.data() + row * s.capacity;
   const A* products = s.tile.data() + row * width;
-  A bar = limit();
-  const int64_t hits = kernels<A>().not_below(products, count, bar, s.columns.data());
+  float bar = threshold(query, best, s);
+  const int64_t hits = kernels<A>().not_below(products, count, static_cast<A>(bar), s.columns.data());
   for (int64_t h = 0; h < hits; ++h) {
     const int32_t column = s.columns[h];
-    if (products[column] < bar) continue;  // the bar has risen since the columns were listed
-    const double dot = kernels<A>().canonical_dot(raw, s.chunks.data() + column * dim, dim);
-    insert(canonical::score<A>(dot, query.norm), static_cast<int32_t>(first + column), top_k, query, scores,
-           indices);
-    bar = limit();
+    const float product = static_cast<float>(products[column]);
+    if (product < bar) continue;  // the bar has risen since the columns were listed
+    candidates[query.candidates++] = {product, static_cast<int32_t>(first) + column};
+    if (product != product || (query.ranked == s.slots && product <= best[s.slots - 1])) continue;
+    int64_t slot = query.ranked < s.slots ? query.ranked++ : s.slots - 1;
+    for (; slot > 0 && best[slot - 1] < product; --slot) best[slot] = best[slot - 1];
+    best[slot] = product;
+    bar = threshold(query, best, s);
+  }
+}
+
+template <class A>
+void load_queries(const RetrieveProblem& p, const Task& task, Scratch<A>& s) {
+  const int64_t dim = p.shape.retrieval_dim, depth = padded_brick(dim);
+  for (int64_t i = 0; i < task.end - task.begin; ++i) {
+    A* raw = s.raw.data() + i * dim;
+    A* filter = s.filter.data() + i * dim;
+    kernels<A>().load_row(p.query.dtype, p.query.at(task.sequence->batch, task.begin + i, task.head), raw,
+                          dim);
+    const int64_t eligible =
+        canonical::eligible_chunks(task.sequence->position(task.begin + i), p.shape.chunk_size);
+    s.queries[i] = prepare_query(raw, filter, dim, eligible);
+    if (s.scope == nullptr) continue;
+    uint16_t* tile_row = s.tile_filter.data() + i * depth;
+    kernels<A>().store_row(DType::kBFloat16, filter, tile_row, dim);
+    std::fill(tile_row + dim, tile_row + depth, uint16_t{0});
   }
 }
 
 template <class A>
 void search_block(const RetrieveProblem& p, const SearchPlan& plan, const Task& task, Scratch<A>& s) {
-  const Sequence& sequence = *task.sequence;
   const int64_t dim = p.shape.retrieval_dim, rows = task.end - task.begin;
-  for (int64_t i = 0; i < rows; ++i) {
-    A* raw = s.raw.data() + i * dim;
-    kernels<A>().load_row(p.query.dtype, p.query.at(sequence.batch, task.begin + i, task.head), raw, dim);
-    const int64_t eligible =
-        canonical::eligible_chunks(sequence.position(task.begin + i), p.shape.chunk_size);
-    s.queries[i] = prepare_query(raw, s.filter.data() + i * dim, dim, eligible);
-  }
+  load_queries(p, task, s);
+  s.largest_chunk_norm = 0;
+  s.error = s.scope == nullptr ? fp32_error(dim) : tile_error(dim, p.query.dtype != DType::kBFloat16);
   const int64_t last = rows == 0 ? 0 : s.queries[rows - 1].eligible;
   for (int64_t first = 0; first < last; first += plan.chunk_block) {
     const int64_t count = std::min(plan.chunk_block, last - first), width = padded(count);
-    const double largest = load_chunks(p, task, first, count, s);
+    load_chunks(p, task, first, count, s);
     // Eligibility grows with the row: the rows that see this tile are the last ones.
     int64_t row = 0;
     while (s.queries[row].eligible <= first) ++row;
-    kernels<A>().gemm({rows - row, width, dim, s.filter.data() + row * dim, dim, 1, s.packed.data(), width,
-                       s.tile.data() + row * width, width, false});
+    multiply(row, rows, width, dim, s);
     for (; row < rows; ++row)
-      scan_row(p, row, first, std::min(count, s.queries[row].eligible - first), width, largest, s);
+      scan_row(p, task, row, first, std::min(count, s.queries[row].eligible - first), width, s);
   }
+  for (int64_t row = 0; row < rows; ++row) refine(p, task, row, s.capacity + 1, s);
 }
 
 template <class A>

@@ -5,6 +5,7 @@
 
 #include "common/plan.h"
 #include "cpu/executor.h"
+#include "cpu/kernels.h"
 
 namespace resona::ops {
 
@@ -19,6 +20,6 @@ class TorchExecutor final : public cpu::Executor {
 };
 
 // What plans are made for.
-inline Device device() { return {TorchExecutor().threads()}; }
+inline Device device() { return {TorchExecutor().threads(), cpu::kernel_set().tiles != nullptr}; }
 
 }  // namespace resona::ops
