@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.recall import __main__ as cli
-from benchmarks.recall import config, model, paper, report, store, train
+from benchmarks.recall import capacity, config, model, paper, report, store, train
 from benchmarks.recall.backbones import BACKBONES
 from benchmarks.recall.tasks import IGNORED, TASKS
 from resona_ext import Resona
@@ -398,6 +398,42 @@ def test_list_names_tasks_backbones_and_grids(capsys):
     out = capsys.readouterr().out
     for name in (*TASKS, *BACKBONES, "mqar-cpu"):
         assert f"  {name} " in out
+
+
+# --- the read error of a fixed state --------------------------------------------------------------
+
+
+def test_read_errors_are_those_of_the_states():
+    """Both states written and read in loops."""
+    dim, pairs = 8, 6
+    got = capacity.read_errors(dim, pairs, 3, torch.Generator().manual_seed(1))
+    draws = torch.randn(2, 3, pairs, dim, generator=torch.Generator().manual_seed(1))
+    keys, values = torch.nn.functional.normalize(draws, dim=-1)
+    errors = {"sum": [], "delta": [], "bound": []}
+    for key, value in zip(keys, values, strict=True):
+        hebb, delta = torch.zeros(2, dim, dim)
+        for k, v in zip(key, value, strict=True):
+            hebb = hebb + torch.outer(v, k)
+            delta = delta + torch.outer(v - delta @ k, k)
+        for i in range(pairs):
+            errors["sum"].append((hebb @ key[i] - value[i]).norm().item())
+            errors["delta"].append((delta @ key[i] - value[i]).norm().item())
+            errors["bound"].append((key @ key[i]).abs().sum().item() - 1)
+    for name, found in errors.items():
+        assert got[name] == pytest.approx(sum(found) / len(found), abs=1e-5)
+    assert got["sum"] <= got["bound"]
+    # In 8 dimensions a value may look like another's key; in 64 none does.
+    wide = capacity.read_errors(64, pairs, 3, torch.Generator().manual_seed(1))
+    assert got["retrieval"] > 0 == wide["retrieval"]
+
+
+def test_the_record_of_read_errors_is_what_the_command_measures(tmp_path, capsys):
+    assert cli.main(["capacity", "--output", str(tmp_path)]) == 0
+    assert "retrieval" in capsys.readouterr().out
+    measured = json.loads((tmp_path / "capacity.json").read_text())
+    recorded = json.loads((cli.RECORDS / "capacity.json").read_text())
+    for name, errors in recorded["rows"].items():
+        assert measured["rows"][name] == pytest.approx(errors, abs=1e-3)
 
 
 # --- the report -----------------------------------------------------------------------------------

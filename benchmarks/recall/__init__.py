@@ -6,5 +6,6 @@ model       the language model around them, with the branch
 config      cells and grids: JSON -> what is to be run
 train       one cell, resumable
 store       finished cells, one line of JSON each
+capacity    the read error of a state of fixed size
 paper       the figures of the paper; report and plots put ours beside them
 """

@@ -4,6 +4,7 @@ python -m benchmarks.recall list
 python -m benchmarks.recall mqar --backbone mamba2 --branch resona --set task.length=128
 python -m benchmarks.recall run mqar-cpu
 python -m benchmarks.recall report
+python -m benchmarks.recall capacity
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from resona_ext.cli import machine
 from resona_ext.cli.errors import CliError
 
-from . import report
+from . import capacity, report
 from .backbones import BACKBONES
 from .config import BRANCHES, Grid, make_cell, merge, read_grid
 from .store import Store
@@ -52,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     table = commands.add_parser("report", help="the paper's tables beside ours; saves plots")
     table.add_argument("results", nargs="*", type=Path, help="default: the recorded runs")
     table.add_argument("--plots", type=Path, metavar="FOLDER", help="default: none are saved")
+
+    errors = commands.add_parser("capacity", help="what a state of fixed size forgets (B.2)")
+    errors.add_argument("--output", type=Path, default=BUILD, metavar="FOLDER")
 
     for name, task in TASKS.items():
         one = commands.add_parser(name, help=(task.__doc__ or "").splitlines()[0])
@@ -215,6 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "list":
             list_all()
+            return 0
+        if arguments.command == "capacity":
+            print(capacity.table(capacity.run(arguments.output)))
             return 0
         if arguments.command == "report":
             return report.run(arguments.results or sorted(RECORDS.glob("*.jsonl")), arguments.plots)
