@@ -324,6 +324,33 @@ def test_a_window_sees_its_tokens_only(window):
         torch.testing.assert_close(mixer.attend(x)[:, t], y.flatten(1), atol=1e-5, rtol=1e-4)
 
 
+def test_retrieval_attention_sees_the_nearest_past_chunks_only():
+    mixer = attention.RetrievalAttention(replace(SPEC, chunk_size=4, top_k=2))
+    x, e = torch.randn(2, 1, 40, 16).unbind()
+    q, k, v = mixer.heads_of(x)
+    unit = F.normalize(F.rms_norm(e, (16,))[0].view(10, 4, 16).mean(dim=1), dim=-1)
+    expected = torch.zeros(40, 2, 8)
+    for t in range(4, 40):
+        score = F.normalize(x[0, t], dim=0) @ unit[: t // 4].T
+        chunks = score.topk(min(2, t // 4)).indices
+        seen = (4 * chunks.unsqueeze(1) + torch.arange(4)).flatten()
+        weight = torch.einsum("hd,shd->hs", q[0, t], k[0, seen]) * 8**-0.5
+        expected[t] = torch.einsum("hs,shd->hd", weight.softmax(dim=-1), v[0, seen])
+    torch.testing.assert_close(mixer(x, e)[0], mixer.out(expected.flatten(1)), atol=1e-5, rtol=1e-4)
+
+
+def test_hymba_averages_what_its_two_halves_say():
+    mixer, x = build("hymba"), torch.randn(1, 40, 16)
+    halves = mixer.attention(x), mixer.mamba(x)
+    expected = sum(F.rms_norm(half, (16,)) for half in halves) / 2
+    torch.testing.assert_close(mixer(x), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_mambaformer_takes_turns():
+    kinds = [type(build("mambaformer", replace(SPEC, layer=layer))) for layer in range(4)]
+    assert kinds == [state_space.Mamba, attention.Attention] * 2
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(state_space, "absent", lambda module: f"{module} is not there")
     assert "mamba2" in BACKBONES["mamba2"].missing("cpu")
