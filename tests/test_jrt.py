@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,6 +165,19 @@ def test_the_model_is_as_large_as_the_paper_says():
     with torch.device("meta"):
         model = JRTModel(JRTConfig())
     assert 350e6 < sum(p.numel() for p in model.parameters()) < 370e6
+
+
+def test_the_examples_of_the_documentation_run(capsys):
+    torch.set_default_dtype(torch.float32)
+    text = (Path(__file__).parents[1] / "docs" / "jrt.md").read_text()
+    prompt, layer = re.findall(r"```python\n(.*?)```", text, re.S)
+    call = prompt.replace("jrt_prompt(\n", "result = jrt_prompt(\n")
+    names: dict = {}
+    exec(compile(call, "jrt.md", "exec"), names)
+    said = [line.removeprefix("# ") for line in prompt.splitlines() if line.startswith("# ")]
+    assert names["result"] == "\n".join(said)
+    exec(compile(layer, "jrt.md", "exec"), names)
+    assert names["out"].shape == (2, 100, 256) and names["loss"].isfinite()
 
 
 # The loss
