@@ -9,6 +9,7 @@ The file is relative to benchmarks/, ROW the id of a row, then a field of it, th
 text has it. The figure must stand in the paragraph or table before the marker, and must equal the
 record's value rounded to as many digits as are quoted. Other parts of a record are found by their
 path (`#machine:threads=2`). A divisor behind the field changes the unit (`#ceilings:copy/1e9=24.7`).
+In a .jsonl file of the recall experiments ROW is the id of a cell.
 Markers inside ``` fences are examples; figures inside them may be quoted.
 """
 
@@ -78,7 +79,7 @@ def _check_one(quote: Quote, folder: Path) -> str | None:
     if not number.search(quote.before):
         return f"{quote.figure} does not stand in the text before the marker"
     try:
-        record = json.loads((folder / quote.file).read_text())
+        record = _read(folder / quote.file)
     except (OSError, ValueError) as error:
         return f"no such record ({type(error).__name__})"
     node = _find(record, quote.key)
@@ -92,6 +93,15 @@ def _check_one(quote: Quote, folder: Path) -> str | None:
     if value.quantize(figure, rounding=ROUND_HALF_EVEN) != figure:
         return f"the record has {value}"
     return None
+
+
+def _read(path: Path) -> dict:
+    """A record, or the finished cells of the recall experiments: one line each behind a head."""
+    text = path.read_text()
+    if path.suffix != ".jsonl":
+        return json.loads(text)
+    cells = [json.loads(line) for line in text.splitlines()[1:]]
+    return {"rows": {cell["id"]: cell["result"] for cell in cells}}
 
 
 def _find(record: dict, key: str):

@@ -630,6 +630,8 @@ def folder(tmp_path) -> Path:
     }
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "cpu.json").write_text(json.dumps(record))
+    cells = [{"schema": 1, "suite": "x"}, {"id": "4ee25375850d", "result": {"token": 0.9963}}]
+    (tmp_path / "results" / "cells.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
     return tmp_path
 
 
@@ -648,6 +650,7 @@ def marker(
         f"{marker('1,234', 'median_ms')}",
         f"On 2 threads. {marker('2', 'threads', 'machine')}",
         f"It copies 24.7 GB/s. {marker('24.7', 'copy/1e9', 'ceilings')}",
+        f"It recalls 0.996. {marker('0.996', 'token', '4ee25375850d', 'results/cells.jsonl')}",
         "No figure, no marker.",
         f"```\nan example {marker('99')}\n```",
         f"```\nresona 12.3x\n```\n{marker('12.3')}",
@@ -667,6 +670,7 @@ def test_figures_that_stand_in_a_record_pass(text, folder):
         (f"It is 12.31 times as fast. {marker('12.3')}", "does not stand in the text"),
         (f"12.3\n\nAnother paragraph. {marker('12.3')}", "does not stand in the text"),
         (f"12.3 {marker('12.3', file='results/gone.json')}", "no such record"),
+        (f"12.3 {marker('12.3', file='results/cells.jsonl')}", "no such entry"),
         (f"12.3 {marker('12.3', field='speed')}", "no such entry"),
         (f"12.3 {marker('12.3', key='no/such/row')}", "no such entry"),
         ("12.3 <!-- record: results/cpu.json ratio 12.3 -->", "not a marker"),
@@ -678,7 +682,7 @@ def test_figures_that_stand_in_no_record_fail(text, problem, folder):
 
 
 def test_every_marked_figure_of_the_readme_stands_in_a_record():
-    for name in ("README.md", "benchmarks/README.md"):
+    for name in ("README.md", "benchmarks/README.md", "benchmarks/recall/README.md"):
         path = ROOT / name
         if path.exists():
             assert records.check(path.read_text(), ROOT / "benchmarks") == []
