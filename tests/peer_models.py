@@ -7,6 +7,8 @@ models where those packages can be imported, with their mixers replaced, since t
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,12 @@ class FlaDecay(nn.Module):
         x = hidden_states * self.scale
         if attention_mask is not None:
             x = x * attention_mask[:, -x.shape[1] :, None]
-        y, state = decay(x, state)
+        borders = [0, x.shape[1]] if kwargs.get("cu_seqlens") is None else kwargs["cu_seqlens"]
+        parts = []
+        for begin, end in itertools.pairwise(borders):
+            y, state = decay(x[:, begin:end], state if begin == 0 else None)
+            parts.append(y)
+        y = torch.cat(parts, dim=1)
         if past_key_values is not None:
             count = hidden_states.shape[1]
             past_key_values.update(recurrent_state=state, layer_idx=self.layer_idx, offset=count)
@@ -132,7 +139,9 @@ def fla_standin():
             self.layers = nn.ModuleList([Block(i) for i in range(LAYERS)])
             self.norm = nn.RMSNorm(WIDTH)
 
-        def forward(self, ids, attention_mask=None, past_key_values=None, use_cache=False):
+        def forward(
+            self, ids, attention_mask=None, past_key_values=None, use_cache=False, **kwargs
+        ):
             if use_cache and past_key_values is None:
                 past_key_values = StandinCache()
             hidden = self.embeddings(ids)
@@ -142,6 +151,7 @@ def fla_standin():
                     attention_mask=attention_mask,
                     past_key_values=past_key_values,
                     use_cache=use_cache,
+                    **kwargs,
                 )
             return self.norm(hidden), past_key_values
 

@@ -85,6 +85,16 @@ def test_fla_left_padding(fla):
         torch.testing.assert_close(got[:, 5:], fla(ids)[0], rtol=0, atol=1e-5)
 
 
+def test_fla_packed_sequences(fla):
+    insert(fla, key_conv=2)
+    ids = tokens(1, 30)
+    with torch.no_grad():
+        got, _ = fla(ids, cu_seqlens=torch.tensor([0, 13, 30]), use_cache=False)
+        for begin, end in ((0, 13), (13, 30)):
+            alone, _ = fla(ids[:, begin:end], use_cache=False)
+            torch.testing.assert_close(got[:, begin:end], alone, rtol=0, atol=1e-5)
+
+
 def test_fla_checkpointing_with_two_forwards(fla):
     insert(fla)
     fla.train()
