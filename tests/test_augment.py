@@ -176,8 +176,9 @@ def test_steps_of_the_other_families(kind):
     torch.testing.assert_close(got, logits(model, ids), rtol=0, atol=1e-5)
 
 
-def test_the_cache_grows():
-    model, _ = augmented(layers=[0], key_conv=2)
+@pytest.mark.parametrize("chunk_size", [4, 200])
+def test_the_cache_grows(chunk_size):
+    model, _ = augmented(layers=[0], key_conv=2, chunk_size=chunk_size)
     ids = tokens(batch=1, length=300)
     got, cache = in_pieces(model, ids, [0, 250, 260, 300])
     torch.testing.assert_close(got, logits(model, ids), rtol=0, atol=1e-5)

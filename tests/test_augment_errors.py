@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small_models import SETTINGS, logits, make_model, tokens, wake
+from small_models import SETTINGS, logits, make_model, tokens, transformers, wake
 from torch import nn
 
 from resona_ext.integrations import augment
@@ -281,9 +281,12 @@ def test_a_mixer_that_raises_leaves_nothing_behind():
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model()
     hook = model.backbone.layers[1].mixer.register_forward_pre_hook(lambda *_: 1 / 0)
+    cache = transformers.DynamicCache(config=model.config)
     with pytest.raises(ZeroDivisionError):
-        model(ids)
+        run(model, ids, cache)
     hook.remove()
+    with pytest.raises(ValueError, match="the backbone filled without this augmentation"):
+        run(model, ids, cache)  # its first layers have seen tokens
     assert torch.equal(logits(model, ids), expected)
     copy.deepcopy(model)
 
