@@ -313,6 +313,59 @@ def test_h3_kernel_is_the_state_space():
     torch.testing.assert_close(mixer.kernel(30), torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
+def convolve(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """The causal sum as a loop over distances: x [T, d], kernel [n, d]."""
+    out = torch.zeros_like(x)
+    for distance in range(min(len(x), len(kernel))):
+        out[distance:] += kernel[distance] * x[: len(x) - distance]
+    return out
+
+
+def taps(conv: nn.Conv1d) -> torch.Tensor:
+    return conv.weight[:, 0].T.flip(0)
+
+
+@torch.no_grad()
+def test_baseconv_is_its_formula():
+    x = torch.randn(30, 16)
+    even, odd = (build("baseconv", replace(SPEC, layer=layer)) for layer in (0, 1))
+    short = convolve(x, taps(even.short)) + even.short.bias
+    torch.testing.assert_close(even(x[None])[0], short * even.gate(x) + x, atol=1e-5, rtol=1e-4)
+    long = convolve(x, odd.kernel())
+    torch.testing.assert_close(odd(x[None])[0], long * odd.gate(x) + x, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_hyena_is_its_formula():
+    mixer, x = build("hyena"), torch.randn(30, 16)
+    first, second, v = (convolve(mixer.project(x), taps(mixer.short)) + mixer.short.bias).chunk(
+        3, -1
+    )
+    v = second * v
+    expected = mixer.out(first * (convolve(v, mixer.kernel()) + mixer.skip * v))
+    torch.testing.assert_close(mixer(x[None])[0], expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_h3_is_its_state_spaces():
+    """A shift register of k, then a complex diagonal state per head, step by step."""
+    mixer, x = build("h3"), torch.randn(30, 16)
+    k = convolve(mixer.k(x), mixer.shift).view(30, 8, 2)
+    q, v = mixer.q(x).view(30, 8, 2), mixer.v(x).view(30, 8, 2)
+    step = mixer.log_step.exp().view(8, 1)
+    pole = torch.exp(torch.complex(-mixer.log_decay.exp(), mixer.turn) * step)
+    weight = torch.view_as_complex(mixer.weight)
+    state, out = torch.zeros(8, 2, 2, pole.shape[1], dtype=pole.dtype), []
+    for t in range(30):
+        product = k[t].unsqueeze(-1) * v[t].unsqueeze(-2)
+        state = pole.view(8, 1, 1, -1) * state + product.unsqueeze(-1)
+        read = 2 * (weight.view(8, 1, 1, -1) * state).sum(dim=-1).real
+        read = read + mixer.skip.view(8, 1, 1) * product
+        out.append((q[t].unsqueeze(-2) @ read).flatten())
+    expected = mixer.out(torch.stack(out))
+    torch.testing.assert_close(mixer(x[None])[0], expected, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("window", [1, 5, 40])
 def test_a_window_sees_its_tokens_only(window):
     mixer = attention.Attention(SPEC, window=window)
