@@ -490,3 +490,11 @@ def test_records_hold_what_their_grids_ask_for():
         assert {r["id"] for r in rows} <= {made.id for made in grid.cells}
         for r in rows:
             assert config.cell_from_json(r["cell"]).id == r["id"]
+
+
+def test_recorded_mqar_with_resona_reaches_what_is_claimed():
+    _, rows = store.read(cli.RECORDS / "mqar-cpu.jsonl")
+    with_resona = [r for r in rows if r["cell"]["branch"]["kind"] == "resona"]
+    assert len(with_resona) >= 4
+    for r in with_resona:
+        assert r["result"]["token"] >= report.ENOUGH, config.cell_from_json(r["cell"]).label
