@@ -453,6 +453,8 @@ def test_the_best_learning_rate_counts_and_random_states_are_averaged():
     ]
     (runs,) = report.group(rows)
     assert runs.show("token") == "0.600 ±0.100"
+    (other,) = runs.others
+    assert other.show("token") == "0.300 ±0.100"
 
 
 def test_figures_of_the_paper():
@@ -494,7 +496,7 @@ def test_records_hold_what_their_grids_ask_for():
 
 def test_recorded_mqar_with_resona_reaches_what_is_claimed():
     _, rows = store.read(cli.RECORDS / "mqar-cpu.jsonl")
-    with_resona = [r for r in rows if r["cell"]["branch"]["kind"] == "resona"]
+    with_resona = [g for g in report.group(rows) if g.cell.branch.kind == "resona"]
     assert len(with_resona) >= 4
-    for r in with_resona:
-        assert r["result"]["token"] >= report.ENOUGH, config.cell_from_json(r["cell"]).label
+    for runs in with_resona:
+        assert runs.value("token") >= report.ENOUGH, runs.cell.label

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -25,15 +25,17 @@ TITLES = {
     "perplexity": "perplexity",
 }
 SECOND = {"token": "exact", "macro": "exact", "exact": "token", "perplexity": "token"}
+TUNED = ("learning_rate", "weight_decay", "steps")
 KIND_NAMES = {"none": "plain", "resona": "+ Resona", "window": "+ window", "mlp": "+ MLP"}
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs that differ in nothing but the random state; of several learning rates, the best."""
+    """Runs that differ in nothing but the random state; of several trainings, the best."""
 
     cell: Cell
     results: tuple[dict, ...]
+    others: tuple[Runs, ...] = ()  # those with other learning rates, decays or steps
 
     def value(self, metric: str) -> float:
         return mean(result[metric] for result in self.results)
@@ -84,7 +86,7 @@ def group(rows: Sequence[dict]) -> list[Runs]:
         everything = asdict(cell)
         everything.pop("seed")
         training = everything["training"]
-        rate = json.dumps([training.pop("learning_rate"), training.pop("weight_decay")])
+        rate = json.dumps([training.pop(name) for name in TUNED])
         key = json.dumps(everything, sort_keys=True)
         found.setdefault(key, {}).setdefault(rate, []).append((cell, row["result"]))
     groups = []
@@ -93,7 +95,8 @@ def group(rows: Sequence[dict]) -> list[Runs]:
             Runs(members[0][0], tuple(result for _, result in members))
             for members in rates.values()
         ]
-        groups.append(max(runs, key=lambda r: r.merit))
+        best = max(runs, key=lambda r: r.merit)
+        groups.append(replace(best, others=tuple(r for r in runs if r is not best)))
     return groups
 
 
@@ -192,6 +195,13 @@ def _print_notes(head: dict, groups: Sequence[Runs]) -> None:
     if head["reduced"]:
         print("\nLess than in the paper, or other:")
         print(*(f"- {line}" for line in head["reduced"]), sep="\n")
+    others = [other for runs in groups for other in runs.others]
+    if others:
+        print("\nTrained in another way as well, and no better:")
+        for runs in others:
+            settings = asdict(runs.cell.training)
+            how = ", ".join(f"{name} {settings[name]:g}" for name in TUNED)
+            print(f"- {runs.cell.label}: {runs.show(runs.metric)} with {how}")
     short = differences(groups)
     if short:
         print(f"\nBelow the paper by more than {NOTABLE}, or below {ENOUGH} with Resona:")
