@@ -52,27 +52,33 @@ struct DecodeAttendStorage {
 
 // What a row attends to. Indices and scores lie in the block's own memory.
 struct DecodeSelection {
+  int eligible, used;
   const int32_t* indices;
   const float* scores;
-  int eligible, used;
 };
 
+// How many there are is known before which.
 template <class T>
-__device__ __forceinline__ DecodeSelection select_slots(const DecodeAttendParams<T>& p, int64_t batch,
-                                                        int64_t retrieval_head,
-                                                        DecodeAttendStorage& storage) {
+__device__ __forceinline__ DecodeSelection count_slots(const DecodeAttendParams<T>& p, int64_t batch) {
   const int64_t position = p.positions[batch];
   const int64_t eligible = position < 0 ? 0 : canonical::eligible_chunks(position, p.attend.chunk_size);
-  const int64_t lists = (eligible + p.range - 1) / p.range;
+  const int64_t used = eligible < p.attend.top_k ? eligible : p.attend.top_k;
+  return {static_cast<int>(eligible), static_cast<int>(used), nullptr, nullptr};
+}
+
+template <class T>
+__device__ __forceinline__ void select_slots(const DecodeAttendParams<T>& p, int64_t batch,
+                                             int64_t retrieval_head, DecodeSelection& found,
+                                             DecodeAttendStorage& storage) {
+  const int64_t lists = (found.eligible + p.range - 1) / p.range;
   const uint64_t* keys = p.keys + (batch * p.attend.retrieval_heads + retrieval_head) * p.lists * p.kept;
   int32_t* slots = p.slots ? p.slots + blockIdx.x * 2 * p.slot_count : storage.slots;
   float* scores = reinterpret_cast<float*>(slots + p.slot_count);
-  const int64_t used = select_best(keys, lists * p.kept, p.attend.top_k, storage.select,
-                                   [slots, scores](int64_t slot, uint64_t key) {
-                                     slots[slot] = chunk_of_key(key), scores[slot] = score_of_key(key);
-                                   });
+  select_best(keys, lists * p.kept, found.used, storage.select, [slots, scores](int64_t slot, uint64_t key) {
+    slots[slot] = chunk_of_key(key), scores[slot] = score_of_key(key);
+  });
   __syncthreads();  // thread 0 has written the slots
-  return {slots, scores, static_cast<int>(eligible), static_cast<int>(used)};
+  found.indices = slots, found.scores = scores;
 }
 
 template <class T>
@@ -152,13 +158,14 @@ __device__ __forceinline__ void decode_row(const DecodeAttendParams<T>& p, Decod
   const int split = static_cast<int>(blockIdx.x % p.splits), team = threadIdx.x / kLanes;
   const QueryRow row = query_row(p.attend, number, kHeads);
   const int retrieval_head = p.attend.retrieval_head(row.kv_head);
-  const DecodeSelection found = select_slots(p, row.batch, retrieval_head, storage);
+  DecodeSelection found = count_slots(p, row.batch);
+  const int splits = active_splits(p, found.used, kTeams * kTile);
+  if (split >= splits) return;
+  select_slots(p, row.batch, retrieval_head, found, storage);
   if (split == 0 && row.head == retrieval_head * (p.attend.heads / p.attend.retrieval_heads)) {
     write_selection(p, row.batch, retrieval_head, found);
     if (retrieval_head == 0 && threadIdx.x == 0) count_token(p, row.batch);
   }
-  const int splits = active_splits(p, found.used, kTeams * kTile);
-  if (split >= splits) return;
   const int tile = split * kTeams + team, lane = threadIdx.x % kTile;
   const auto list = [&] { return decode_keys(p, row, found, tile * kTile + lane, splits * kTeams * kTile); };
   auto partial = attend(row, list);
