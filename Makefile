@@ -33,7 +33,7 @@ cuda-toolkit: .venv/.ready  ## bring nvcc as pip packages, used where no other i
 	$(BIN)/python -m tools.wheel --toolkit $(CUDA)
 
 wheel: .venv/.ready  ## build a wheel into dist/; CUDA=cpu, 13.0, 13.1, ... chooses
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.wheel --cuda $(CUDA)
+	$(BIN)/python -m tools.wheel --cuda $(CUDA) $(ARGS)
 
 lint: .venv/.ready  ## check style of Python and C++
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ def verdict(facts: Facts) -> Verdict:
         return Verdict(
             False,
             f"torch {facts.torch_version} is a build without CUDA",
-            "install a CUDA build of torch >= 2.11 (https://pytorch.org/get-started)",
+            "install a CUDA build of torch >= 2.11",
         )
     major, minor = map(int, facts.built_with.split(".")[:2])
     if facts.driver[0] < major:

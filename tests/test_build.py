@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -153,40 +151,6 @@ def test_another_nvcc_replaces_the_one_that_cmake_remembers(known, tmp_path, mon
     assert cache.exists()
     forget(tmp_path, "/new/nvcc")
     assert not cache.exists() and kept.exists() and not (tmp_path / "CMakeFiles" / "4.4.4").exists()
-
-
-@pytest.mark.slow
-def test_wheel_from_sdist(tmp_path):
-    """What a user gets from a source archive: it holds all it needs and no binary of this machine."""
-    checkout = tmp_path / "checkout"
-    skip = shutil.ignore_patterns(
-        ".venv", "build", ".git", "*.so", "*.egg-info", "__pycache__", "results"
-    )
-    shutil.copytree(ROOT, checkout, ignore=skip)
-    (checkout / "resona_ext" / "libresona.so").write_bytes(b"not to be packed")
-    # Not the CUDA kernels, which take minutes; the library under test has them.
-    environment = {**BUILD_ENVIRONMENT, "RESONA_USE_CUDA": "0"}
-    run = {"check": True, "capture_output": True, "env": environment}
-    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=checkout, **run)
-    (archive,) = (checkout / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as content:
-        names = {name.split("/", 1)[-1] for name in content.getnames()}
-    assert {"CMakeLists.txt", "csrc/cpu/micro/kernel_set.inc", "tests/support.py"} <= names
-    assert not any(name.endswith(".so") for name in names)
-    wheel = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        tmp_path,
-    ]
-    subprocess.run([*wheel, archive], **run)
-    (built,) = tmp_path.glob("*.whl")
-    assert "resona_ext/libresona.so" in zipfile.ZipFile(built).namelist()
 
 
 def test_files_stay_readable():

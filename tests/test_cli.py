@@ -384,6 +384,22 @@ def test_info_prints_every_fact(capsys):
         assert fact in printed
 
 
+def test_info_needs_torch_alone():
+    """numpy and matplotlib are the demo's, which says so."""
+    code = (
+        "import sys, importlib.util; sys.modules.update(numpy=None, matplotlib=None)\n"
+        "real = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'numpy' else real(name, *a)\n"
+        "from resona_ext import cli\n"
+        "assert cli.main(['info']) == 0\n"
+        "sys.exit(cli.main(['demo', '--only', 'document']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "torch" in done.stdout
+    assert 'the document part needs numpy: pip install "resona_ext[demo]"' in done.stderr
+
+
 class FakePlan(types.SimpleNamespace):
     """What resona_ext._C.plan returns, as far as the table needs it."""
 

@@ -20,11 +20,13 @@ from tools.wheel.errors import WheelError, refused
 
 ROOT = Path(__file__).parents[1]
 Disk = namedtuple("Disk", "total used free")
+check_tools = audit.check_tools
 
 
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch, tmp_path):
-    """A machine without nvcc; the tests put theirs where they want."""
+    """A machine without nvcc, where the tests put theirs, and with the audit tools on every Python."""
+    monkeypatch.setattr(audit, "check_tools", lambda: "torch-abi-audit")
     for variable in ("CUDACXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "RESONA_PYTHONS"):
         monkeypatch.delenv(variable, raising=False)
     real = shutil.which
@@ -203,6 +205,13 @@ def test_a_full_disk_is_told_before_compiling(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build.shutil, "disk_usage", lambda _: Disk(2**40, 2**40, 2**20))
     assert main(["--cuda", "cpu", "--build", str(tmp_path)]) == 2
     assert "expected 256 MB of free disk, got 1 MB. Make room" in capsys.readouterr().err
+
+
+def test_missing_audit_tools_are_told_before_compiling(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(audit, "check_tools", check_tools)
+    monkeypatch.setattr(audit.importlib.util, "find_spec", lambda _: None)
+    assert main(["--cuda", "cpu", "--build", str(tmp_path)]) == 2
+    assert "pip install auditwheel torch-abi-audit" in capsys.readouterr().err
 
 
 def test_a_build_that_fails_tells_how_to_go_on(tmp_path, monkeypatch, capsys):

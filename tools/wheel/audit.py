@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -66,15 +67,21 @@ def check(wheel: Path) -> list[str]:
     ]
 
 
-def audit_stable_abi(library: Path) -> None:
-    beside = Path(sys.executable).parent
-    audit = shutil.which("torch-abi-audit", path=str(beside)) or shutil.which("torch-abi-audit")
-    if audit is None:
+def check_tools() -> str:
+    """Raises where the checks could not be made; otherwise returns the path of torch-abi-audit."""
+    beside = str(Path(sys.executable).parent)
+    audit = shutil.which("torch-abi-audit", path=beside) or shutil.which("torch-abi-audit")
+    if audit is None or importlib.util.find_spec("auditwheel") is None:
         raise WheelError(
-            "checking the wheel: expected torch-abi-audit, got none. Install it with Python 3.11 or "
-            "newer: pip install torch-abi-audit"
+            "checking wheels: expected auditwheel and torch-abi-audit, got not both. Install them, with "
+            "Python 3.11 or newer: pip install auditwheel torch-abi-audit"
         )
-    done = subprocess.run([audit, "--check", "torch", str(library)], capture_output=True, text=True)
+    return audit
+
+
+def audit_stable_abi(library: Path) -> None:
+    command = [check_tools(), "--check", "torch", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
     require(done.returncode == 0, library, "torch's stable ABI", done.stdout + done.stderr)
 
 

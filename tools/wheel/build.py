@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,11 +72,12 @@ def _check_machine(order: Order) -> None:
     if sys.platform != "linux":
         raise WheelError(f"make wheel: expected Linux, got {sys.platform}; use pip wheel . there")
     for program in ("cmake", "ninja", "g++", "readelf"):
-        if shutil.which(program) is None:
+        if shutil.which(program, path=_path()) is None:
             raise WheelError(
                 f"make wheel: expected {program} on PATH, got none. pip install cmake ninja, and g++ and "
                 "binutils from your system."
             )
+    audit.check_tools()
     order.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(order.folder).free
     if free < DISK_BYTES:
@@ -85,9 +87,15 @@ def _check_machine(order: Order) -> None:
         )
 
 
+def _path() -> str:
+    """PATH, behind the programs that pip put beside this Python, activated or not."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
 def _environment(order: Order, work: Path) -> dict[str, str]:
     """What setup.py and CMake are told."""
     settings = {
+        "PATH": _path(),
         "RESONA_WHEEL_LABEL": order.label,
         "RESONA_USE_CUDA": "0" if order.cuda == "cpu" else "1",
         "RESONA_BUILD_DIR": str(work / "cmake"),
@@ -159,12 +167,13 @@ def _date_of_sources() -> str:
 
 
 def _write_record(order: Order, path: Path, record: watch.Record, wheel: Path) -> None:
-    variables = ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "NVCC_THREADS", "RESONA_PYTHONS")
+    variables = ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "NVCC_THREADS")
     command = [f"{v}={shlex.quote(os.environ[v])}" for v in variables if os.environ.get(v)]
     facts = {
         "command": " ".join([*command, "make", "wheel", f"CUDA={order.cuda}"]),
         "wheel": wheel.name,
         "wheel_bytes": wheel.stat().st_size,
+        "modules": [name for name in zipfile.ZipFile(wheel).namelist() if "/_C." in name],
         "cores": os.cpu_count(),
         **asdict(record),
     }

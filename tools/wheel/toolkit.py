@@ -26,7 +26,7 @@ RELEASES = {
 }
 # cccl holds headers that cuda_fp16.h and cuda_bf16.h include.
 PARTS = "nvcc,crt,nvvm,cccl,cudart"
-DISK_BYTES = 1 << 30  # 0.45 GB when unpacked (13.5), and pip's copy of the archives
+DISK_BYTES = 1 << 30  # 0.35 GB when unpacked (13.5), and pip's copy of the archives
 
 
 def check_version(cuda: str) -> None:

@@ -40,6 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
     # Whatever can be wrong with the arguments is found before minutes are spent.
     if arguments.text is not None and "document" not in parts:
         raise CliError("--text belongs to the document part, which --only leaves out")
+    if "document" in parts and importlib.util.find_spec("numpy") is None:
+        raise CliError(
+            'the document part needs numpy: pip install "resona_ext[demo]", or leave it out with --only'
+        )
     loaded = document.load(arguments.text) if "document" in parts else None
     plotted = "mqar" in parts or "timing" in parts
     if plotted:

@@ -11,12 +11,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ...functional import retrieve_attend
 from ..errors import CliError
-from .embedding import embed_words
+from .embedding import embed_words, np
 
 PASSAGE_WORDS = 64
 MIN_PASSAGES = 4

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
+try:
+    import numpy as np
+except ModuleNotFoundError:  # an extra: the other commands work without it, and demo asks for it
+    np = None
 
 MAX_VOCABULARY = 3000  # rarer words get the zero vector; the count matrix is dense
 WINDOW = 5  # neighbours counted on either side
