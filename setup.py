@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = (ROOT / "resona_ext" / "version.py").read_text().split('"')[1]
 # Of PEP 440's local labels (0.1.0+cu130), which never go to PyPI.
 LABEL = os.environ.get("RESONA_WHEEL_LABEL")
-# Peaks of one compilation: g++ 12 0.44 GB (csrc/python/module.cpp), nvcc 13.0 with two architectures at a time
-# 0.30 GB (csrc/cuda/attend_chunk.cu); benchmarks/results/wheels.json has them all.
+# Peaks of one compilation: g++ 12 0.44 GB (csrc/python/module.cpp), nvcc 13.0 with two architectures at a
+# time 0.30 GB (csrc/cuda/attend_chunk.cu); benchmarks/results/wheels.json has them all.
 HOST_BYTES = 1 << 29
 DEVICE_BYTES_PER_THREAD = 1 << 28
 
