@@ -68,7 +68,7 @@ AttendPlan plan_attend(const Shape& s, DType dtype, const Device& device) {
   plan.tiles = device.tiles && dtype == DType::kBFloat16;
   plan.kernel = plan.tiles ? "chunk_stationary_tiles" : "chunk_stationary";
   plan.reason = "a chunk's keys and values are packed once and meet all queries that selected it";
-  plan.row_tile = plan.tiles ? 32 : 48;
+  plan.row_tile = plan.tiles ? 64 : 48;
   plan.key_tile = std::min<int64_t>(padded(chunk_size_of(s)), 128);
   const int64_t chunks = std::max<int64_t>(1, s.context / s.chunk_size);
   const int64_t group = s.heads / std::max<int64_t>(1, s.kv_heads);

@@ -11,7 +11,9 @@
 //   factor = 1 / sum of exp(...): one, but for the rounding of lse, which a large bias makes coarse
 //   d query = scale d logit key     d key = scale d logit^T query     d value = weight^T d out
 #include <cmath>
+#include <memory>
 
+#include "cpu/attend_backward_tiles.h"
 #include "cpu/attend_tile.h"
 #include "cpu/stages.h"
 
@@ -21,10 +23,16 @@ namespace {
 // The lists of one pass over chunks are held for as many sequences as fit; a single one may exceed it.
 constexpr int64_t kListBytes = 256 << 20;
 
+// Elements from row to row of what is as wide as a head.
+int64_t row_width(const Shape& s, const AttendPlan& plan) {
+  return plan.tiles ? padded_brick(s.head_dim) : padded(s.head_dim);
+}
+
 template <class A>
 struct Scratch {
   Scratch(const Shape& s, const AttendPlan& plan, int64_t accumulator_rows, bool with_bias) {
-    const int64_t dim = padded(s.head_dim), keys = padded(plan.key_tile), rows = plan.row_tile;
+    const int64_t dim = row_width(s, plan), keys = padded(plan.key_tile), rows = plan.row_tile;
+    if (plan.tiles) tiles = std::make_unique<TileBackward>(s, plan);
     accumulator = Buffer<A>(accumulator_rows * dim);
     total = Buffer<A>(accumulator_rows);
     bias_gradient = Buffer<A>(with_bias ? accumulator_rows * s.top_k : 0);
@@ -43,6 +51,7 @@ struct Scratch {
   Buffer<A> query, out_gradient, product;                  // of one row tile
   Buffer<A> weight, logit_gradient;                        // [row_tile, key_tile]
   Buffer<A> bias, lse, factor, delta, weight_sum, gradient_sum;  // [row_tile]
+  std::unique_ptr<TileBackward> tiles;                           // null: products in the accumulation type
 };
 
 template <class A>
@@ -55,27 +64,34 @@ struct Pass {
 
   const Shape& shape() const { return p.forward.shape; }
   int64_t group() const { return shape().heads / shape().kv_heads; }
-  int64_t width() const { return padded(shape().head_dim); }
+  int64_t width() const { return row_width(shape(), plan); }
 };
 
 template <class A>
 void load_key_tile(const Pass<A>& pass, const Sequence& sequence, int64_t kv_head, int64_t token,
                    int64_t count, Scratch<A>& s) {
   const int64_t dim = pass.shape().head_dim;
+  if (s.tiles != nullptr) {
+    const TileRows key = tile_rows(pass.p.forward.key, sequence, kv_head, token, count, dim);
+    const TileRows value = tile_rows(pass.p.forward.value, sequence, kv_head, token, count, dim);
+    return pass.in_query_pass ? s.tiles->load_keys(key, value) : s.tiles->load_keys_as_rows(key, value);
+  }
   load_tokens(pass.p.forward.key, sequence, kv_head, token, count, dim, s.key.data());
   transpose_tokens(s.key.data(), count, dim, s.key_transposed.data());
   load_tokens(pass.p.forward.value, sequence, kv_head, token, count, dim, s.value.data());
   transpose_tokens(s.value.data(), count, dim, s.value_transposed.data());
 }
 
-// Fills s.query, s.out_gradient, s.weight, s.logit_gradient and s.gradient_sum for one tile.
 template <class A>
-void recompute(const Pass<A>& pass, const RowTile& tile, int64_t key_count, Scratch<A>& s) {
+void load_row_tile(const Pass<A>& pass, const RowTile& tile, Scratch<A>& s) {
   const AttendProblem& f = pass.p.forward;
-  const int64_t dim = pass.shape().head_dim, width = pass.width(), keys = padded(key_count);
-  const Kernels<A>& kernel = kernels<A>();
-  gather_rows(tile, f.query, dim, s.query.data());
-  gather_rows(tile, pass.p.out_gradient, dim, s.out_gradient.data());
+  const int64_t dim = pass.shape().head_dim;
+  if (s.tiles != nullptr) {
+    s.tiles->load_rows(tile, f.query, pass.p.out_gradient);
+  } else {
+    gather_rows(tile, f.query, dim, s.query.data());
+    gather_rows(tile, pass.p.out_gradient, dim, s.out_gradient.data());
+  }
   gather_bias(f, tile, s.bias.data());
   for (int64_t i = 0; i < tile.count; ++i) {
     const int64_t at = head_offset(pass.shape(), tile.sequence->batch, tile.query(i), tile.head(i));
@@ -83,13 +99,63 @@ void recompute(const Pass<A>& pass, const RowTile& tile, int64_t key_count, Scra
     s.delta[i] = pass.delta[at];
     s.factor[i] = pass.in_query_pass ? A(1) : pass.factor[at];
   }
-  kernel.gemm({tile.count, keys, dim, s.query.data(), width, 1, s.key_transposed.data(), keys,
-               s.weight.data(), keys, false});
-  kernel.gemm({tile.count, keys, dim, s.out_gradient.data(), width, 1, s.value_transposed.data(), keys,
-               s.logit_gradient.data(), keys, false});
+}
+
+// Fills s.weight, s.logit_gradient, s.weight_sum and s.gradient_sum for one tile.
+template <class A>
+void recompute(const Pass<A>& pass, const RowTile& tile, int64_t key_count, Scratch<A>& s) {
+  const int64_t dim = pass.shape().head_dim, width = pass.width(), keys = padded(key_count);
+  const Kernels<A>& kernel = kernels<A>();
+  bool multiplied = false;
+  if constexpr (std::is_same_v<A, float>) {
+    multiplied = s.tiles != nullptr;
+    if (multiplied)
+      s.tiles->multiply_rows(tile.count, key_count, keys, s.weight.data(), s.logit_gradient.data());
+  }
+  if (!multiplied) {
+    kernel.gemm({tile.count, keys, dim, s.query.data(), width, 1, s.key_transposed.data(), keys,
+                 s.weight.data(), keys, false});
+    kernel.gemm({tile.count, keys, dim, s.out_gradient.data(), width, 1, s.value_transposed.data(), keys,
+                 s.logit_gradient.data(), keys, false});
+  }
   kernel.softmax_backward({tile.count, key_count, keys, s.weight.data(), s.logit_gradient.data(),
-                           static_cast<A>(f.scale), s.bias.data(), s.lse.data(), s.factor.data(),
+                           static_cast<A>(pass.p.forward.scale), s.bias.data(), s.lse.data(), s.factor.data(),
                            s.delta.data(), s.weight_sum.data(), s.gradient_sum.data()});
+}
+
+// s.product = d logit times keys.
+template <class A>
+void query_products(const Pass<A>& pass, const RowTile& tile, int64_t key_count, Scratch<A>& s) {
+  const int64_t width = pass.width(), keys = padded(key_count);
+  load_row_tile(pass, tile, s);
+  recompute(pass, tile, key_count, s);
+  if constexpr (std::is_same_v<A, float>)
+    if (s.tiles != nullptr)
+      return s.tiles->query_gradient(s.logit_gradient.data(), tile.count, key_count, keys, s.product.data());
+  kernels<A>().gemm({tile.count, width, key_count, s.logit_gradient.data(), keys, 1, s.key.data(), width,
+                     s.product.data(), width, false});
+}
+
+// Adds weight^T d out to s.value_gradient and d logit^T query to s.key_gradient.
+template <class A>
+void chunk_products(const Pass<A>& pass, const RowTile& tile, int64_t key_count, Scratch<A>& s) {
+  const int64_t width = pass.width(), keys = padded(key_count);
+  load_row_tile(pass, tile, s);
+  if constexpr (std::is_same_v<A, float>)
+    if (s.tiles != nullptr) {
+      TileColumns values{};
+      values.scale = static_cast<float>(pass.p.forward.scale);
+      values.bias = s.bias.data(), values.lse = s.lse.data();
+      values.factor = s.factor.data(), values.delta = s.delta.data();
+      return s.tiles->add_chunk_gradients(tile.count, key_count, values, s.key_gradient.data(),
+                                          s.value_gradient.data());
+    }
+  recompute(pass, tile, key_count, s);
+  const Kernels<A>& kernel = kernels<A>();
+  kernel.gemm({key_count, width, tile.count, s.weight.data(), 1, keys, s.out_gradient.data(), width,
+               s.value_gradient.data(), width, true});
+  kernel.gemm({key_count, width, tile.count, s.logit_gradient.data(), 1, keys, s.query.data(), width,
+               s.key_gradient.data(), width, true});
 }
 
 template <class A>
@@ -145,14 +211,12 @@ void query_pass_chunk(const Pass<A>& pass, const Task& task, int64_t kv_head, co
   const int64_t width = pass.width();
   const Kernels<A>& kernel = kernels<A>();
   for (int64_t first = 0; first < shape.chunk_size; first += pass.plan.key_tile) {
-    const int64_t count = std::min(pass.plan.key_tile, shape.chunk_size - first), keys = padded(count);
+    const int64_t count = std::min(pass.plan.key_tile, shape.chunk_size - first);
     const int64_t token = task.sequence->token_begin + run.chunk * shape.chunk_size + first;
     load_key_tile(pass, *task.sequence, kv_head, token, count, s);
     for_each_row_tile(lists, run, *task.sequence, kv_head, pass.group(), task.begin, pass.plan.row_tile,
                       [&](const RowTile& tile) {
-                        recompute(pass, tile, count, s);
-                        kernel.gemm({tile.count, width, count, s.logit_gradient.data(), keys, 1, s.key.data(),
-                                     width, s.product.data(), width, false});
+                        query_products(pass, tile, count, s);
                         for (int64_t i = 0; i < tile.count; ++i) {
                           const int64_t row = tile.accumulator(i);
                           kernel.add_scaled(static_cast<A>(pass.p.forward.scale),
@@ -221,9 +285,9 @@ void query_pass(const Pass<A>& pass, const Executor& executor) {
 
 template <class A>
 void store_key_tile(const MutableRows& to, const Sequence& sequence, int64_t kv_head, int64_t token,
-                    int64_t count, int64_t dim, const A* from) {
+                    int64_t count, int64_t dim, int64_t width, const A* from) {
   for (int64_t t = 0; t < count; ++t)
-    kernels<A>().store_row(to.dtype, from + t * padded(dim), to.at(sequence.batch, token + t, kv_head), dim);
+    kernels<A>().store_row(to.dtype, from + t * width, to.at(sequence.batch, token + t, kv_head), dim);
 }
 
 // d key and d value of one chunk.
@@ -232,24 +296,18 @@ void chunk_pass_run(const Pass<A>& pass, const Sequence& sequence, int64_t kv_he
                     const Run& run, Scratch<A>& s) {
   const Shape& shape = pass.shape();
   const int64_t dim = shape.head_dim, width = pass.width();
-  const Kernels<A>& kernel = kernels<A>();
   for (int64_t first = 0; first < shape.chunk_size; first += pass.plan.key_tile) {
-    const int64_t count = std::min(pass.plan.key_tile, shape.chunk_size - first), keys = padded(count);
+    const int64_t count = std::min(pass.plan.key_tile, shape.chunk_size - first);
     const int64_t token = sequence.token_begin + run.chunk * shape.chunk_size + first;
     load_key_tile(pass, sequence, kv_head, token, count, s);
     std::fill_n(s.key_gradient.data(), count * width, A(0));
     std::fill_n(s.value_gradient.data(), count * width, A(0));
     for_each_row_tile(lists, run, sequence, kv_head, pass.group(), sequence.query_begin, pass.plan.row_tile,
-                      [&](const RowTile& tile) {
-                        recompute(pass, tile, count, s);
-                        kernel.gemm({count, width, tile.count, s.weight.data(), 1, keys,
-                                     s.out_gradient.data(), width, s.value_gradient.data(), width, true});
-                        kernel.gemm({count, width, tile.count, s.logit_gradient.data(), 1, keys,
-                                     s.query.data(), width, s.key_gradient.data(), width, true});
-                      });
+                      [&](const RowTile& tile) { chunk_products(pass, tile, count, s); });
     for (int64_t i = 0; i < count * width; ++i) s.key_gradient[i] *= static_cast<A>(pass.p.forward.scale);
-    store_key_tile(pass.p.key_gradient, sequence, kv_head, token, count, dim, s.key_gradient.data());
-    store_key_tile(pass.p.value_gradient, sequence, kv_head, token, count, dim, s.value_gradient.data());
+    store_key_tile(pass.p.key_gradient, sequence, kv_head, token, count, dim, width, s.key_gradient.data());
+    store_key_tile(pass.p.value_gradient, sequence, kv_head, token, count, dim, width,
+                   s.value_gradient.data());
   }
 }
 

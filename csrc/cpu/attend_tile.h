@@ -45,6 +45,13 @@ ChunkLists selection_lists(const AttendProblem& p, const Sequence& sequence, int
   });
 }
 
+// Rows [token, token + count) of one bfloat16 head, as they lie in the tensor.
+inline TileRows tile_rows(const Rows& from, const Sequence& sequence, int64_t head, int64_t token,
+                          int64_t count, int64_t dim) {
+  const void* first = from.at(sequence.batch, token, head);
+  return {static_cast<const uint16_t*>(first), from.token_stride, count, dim};
+}
+
 // Rows [token, token + count) of one head as [count, dim], padded with zero columns.
 template <class A>
 void load_tokens(const Rows& from, const Sequence& sequence, int64_t head, int64_t token, int64_t count,

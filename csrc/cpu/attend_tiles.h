@@ -80,8 +80,7 @@ class TileAttention {
 
  private:
   TileRows rows_of(const Rows& tensor, const Task& task, int64_t token, int64_t count) const {
-    const void* first = tensor.at(task.sequence->batch, token, task.head);
-    return {static_cast<const uint16_t*>(first), tensor.token_stride, count, p_.shape.head_dim};
+    return tile_rows(tensor, *task.sequence, task.head, token, count, p_.shape.head_dim);
   }
 
   const AttendProblem& p_;

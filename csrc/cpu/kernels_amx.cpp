@@ -11,11 +11,13 @@ namespace {
 #include "cpu/micro/tile_pack.h"
 
 #include "cpu/micro/tile_attend.h"
+#include "cpu/micro/tile_softmax_backward.h"
 
 }  // namespace
 
 const TileKernels amx_tiles = {
-    tiles_begin, tiles_end, tile_gemm, pack_transposed, pack_rows, tile_attend, store_scaled,
+    tiles_begin,  tiles_end, tile_gemm, pack_transposed, pack_rows, tile_attend, softmax_backward_columns,
+    store_scaled,
 };
 
 }  // namespace resona::cpu

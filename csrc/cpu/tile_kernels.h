@@ -53,6 +53,15 @@ struct TileAttend {
   TileAttendScratch* scratch;
 };
 
+// Weights and d logit of a tile whose rows are keys and whose columns are queries; zero beyond row_count.
+struct TileColumns {
+  int64_t key_count, row_count, stride;  // stride: padded_brick(row_count)
+  const float *product, *gradient;       // [key_count, stride] <query, key>, <d out, value>
+  uint16_t *weight, *logit_gradient;     // [key_count, stride]
+  float scale;
+  const float *bias, *lse, *factor, *delta;  // [row_count], as in SoftmaxBackwardTile
+};
+
 struct TileKernels {
   // Around the work of one thread: `saved` keeps what the tiles were configured for before.
   void (*begin)(void* saved);
@@ -61,6 +70,7 @@ struct TileKernels {
   void (*pack_transposed)(const TileRows&, uint16_t* to);  // X^T: [padded_brick(dim), padded_tile(count)]
   void (*pack_rows)(const TileRows&, uint16_t* to);        // X: [padded_brick(count), padded_brick(dim)]
   void (*attend)(const TileAttend&);
+  void (*softmax_backward_columns)(const TileColumns&);
   void (*store_scaled)(float factor, const float* from, uint16_t* to, int64_t n);  // to = factor * from
 };
 

@@ -44,6 +44,7 @@ void softmax_backward(const SoftmaxBackwardTile<A>& t) {
     const bool nothing = t.lse[i] == minus_infinity;
     const Vec<A> scale = broadcast(t.scale), bias = broadcast(t.bias[i]), delta = broadcast(t.delta[i]);
     const Vec<A> lse = broadcast(t.lse[i]), factor = broadcast(t.factor[i]);
+    Vec<A> weights{}, gradients{};
     A weight_sum = 0, gradient_sum = 0;
     for (int64_t c = 0; c < t.columns; c += kLanes<A>) {
       const Vec<A> logit = fma(load(row + c), scale, bias);
@@ -51,12 +52,18 @@ void softmax_backward(const SoftmaxBackwardTile<A>& t) {
       const Vec<A> d_logit = nothing ? Vec<A>{} : weight * (load(gradient + c) - delta);
       store(row + c, weight);
       store(gradient + c, d_logit);
-      const int64_t lanes = t.columns - c < kLanes<A> ? t.columns - c : kLanes<A>;
-      for (int64_t l = 0; l < lanes; ++l) {
+      if (c + kLanes<A> <= t.columns) {
+        weights += weight;
+        gradients += d_logit;
+        continue;
+      }
+      for (int64_t l = 0; l < t.columns - c; ++l) {
         weight_sum += weight[l];
         gradient_sum += d_logit[l];
       }
     }
+    weight_sum += sum_of_lanes<A>(weights);
+    gradient_sum += sum_of_lanes<A>(gradients);
     t.weight_sum[i] = weight_sum;
     t.gradient_sum[i] = gradient_sum;
   }
