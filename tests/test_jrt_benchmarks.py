@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import records
 from benchmarks.kernels import prefill
 from benchmarks.recall import set_disjointness
 from resona_ext.jrt import LayerStates
@@ -91,3 +93,9 @@ def test_a_sweep_goes_on_where_it_ended(tiny, tmp_path):
     record = json.loads(path.read_text())
     assert record["complete"] and record["rows"] == done
     assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_every_figure_of_the_documentation_stands_in_a_record():
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "jrt.md").read_text()
+    assert records.quotes(text)[0] and records.check(text, root / "benchmarks") == []
