@@ -311,6 +311,30 @@ def test_illegal_problems_say_why(changes, text):
     assert str(error.value) == text
 
 
+# D, S, k, changes -> keys that a warp holds of a list, 0: tiles
+LANES = [
+    (64, 8, 4, {}, 8),
+    (128, 8, 4, {}, 8),
+    (128, 4, 4, {}, 4),
+    (128, 2, 1, {"dtype": "float32"}, 4),
+    (128, 9, 1, {}, 0),
+    (200, 4, 4, {}, 4),
+    (200, 5, 4, {}, 0),
+    (128, 8, 8, {}, 8),  # 64 rows a list
+    (128, 8, 9, {}, 0),
+    (128, 2, 8, {"kv_heads": 1}, 4),
+    (128, 2, 16, {"kv_heads": 1}, 0),
+]
+
+
+@pytest.mark.parametrize("head_dim, chunk_size, top_k, changes, keys", LANES)
+def test_gradients_of_small_chunks_with_short_lists(head_dim, chunk_size, top_k, changes, keys):
+    changes = {"head_dim": head_dim, "chunk_size": chunk_size, "top_k": top_k, **changes}
+    p = parameters("attend_backward", **changes)
+    assert p["lane_keys"] == keys
+    assert p["segment"] == 128 or not keys
+
+
 def test_explain_for_a_device_that_is_not_here(capsys):
     from resona_ext import cli
 

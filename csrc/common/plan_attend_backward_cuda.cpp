@@ -11,7 +11,11 @@ constexpr int64_t kMostSlots = (int64_t{1} << 31) - 1, kMostKeys = (int64_t{1} <
 
 // A slab costs 16 S D bytes per segment, against 12 D per row: little from 1024 rows on. Small problems of
 // small chunks take shorter segments, to fill the device.
-constexpr int64_t kLongSegment = 1024, kShortSegment = 256, kManyRows = 1 << 18, kLargeChunk = 256;
+constexpr int64_t kLaneSegment = 128, kLongSegment = kAttendBackwardMostSegment, kShortSegment = 256,
+                  kManyRows = 1 << 18, kLargeChunk = 256;
+
+// Of a list on average, above which tiles are full enough. Not measured.
+constexpr int64_t kLaneRows = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -84,7 +88,16 @@ void choose_part(CudaAttendBackwardPlan& plan, const Shape& s) {
   plan.queries = std::min(plan.queries, range);
 }
 
+// The tokens that a warp holds in registers, if chunks are small and their lists short; else 0.
+int64_t lane_keys(const Shape& s, int64_t width) {
+  const int64_t most = width == 256 ? 4 : 8;
+  if (s.chunk_size > most || rows_of(s) > saturated_product({kLaneRows, keys_of(s)})) return 0;
+  return width == 128 && s.chunk_size <= 4 ? 4 : most;
+}
+
 const char* reason_of(const CudaAttendBackwardPlan& plan, const Shape& s) {
+  if (plan.lane_keys > 0)
+    return "a warp per list: small chunks and few rows each, which would leave tiles empty";
   if (has_ranges(plan, s))
     return "keys stay while rows pass, a range of queries after another to bound the partial results";
   if (plan.batch < s.batch || plan.heads < s.kv_heads / s.retrieval_heads)
@@ -104,12 +117,17 @@ Shape part_of(const CudaAttendBackwardPlan& plan, const Shape& s, int64_t first_
 CudaAttendBackwardPlan plan_attend_backward_cuda(const Shape& s, DType dtype, const CudaFacts& facts,
                                                  bool has_bias, bool has_sink, const CudaDevice& device) {
   CudaAttendBackwardPlan plan{};
-  plan.kernel = size_of(dtype) == 2 ? "chunk_stationary_mma" : "chunk_stationary_fma";
   plan.width = s.head_dim <= 64 ? 64 : s.head_dim <= 128 ? 128 : 256;
+  plan.lane_keys = lane_keys(s, plan.width);
+  plan.kernel = plan.lane_keys > 0    ? "chunk_lanes"
+                : size_of(dtype) == 2 ? "chunk_stationary_mma"
+                                      : "chunk_stationary_fma";
   plan.tile = (size_of(dtype) == 2 ? 64 : 32) / (plan.width == 256 ? 2 : 1);
   plan.partials = s.top_k > 1 || s.chunk_size > plan.tile;
   const int64_t rows = saturated_product({slots_of(s), s.heads / s.retrieval_heads});
-  plan.segment = rows >= kManyRows || s.chunk_size >= kLargeChunk ? kLongSegment : kShortSegment;
+  plan.segment = plan.lane_keys > 0                                 ? kLaneSegment
+                 : rows >= kManyRows || s.chunk_size >= kLargeChunk ? kLongSegment
+                                                                    : kShortSegment;
   plan.vector = facts.vector_rows;
   plan.normalise = has_bias || size_of(dtype) == 4, plan.sink = has_sink;
   plan.sequences = facts.sequences;
@@ -118,7 +136,9 @@ CudaAttendBackwardPlan plan_attend_backward_cuda(const Shape& s, DType dtype, co
   plan.reason = reason_of(plan, s);
   const Shape part = part_of(plan, s, 0, 0);
   const int64_t items = rows_of(part) / plan.segment + std::min(slots_of(part), keys_of(part));
-  plan.item_blocks = std::min(saturated_product({items, plan.heads}), kItemBlocksPerSm * device.sms);
+  const int64_t block_items = plan.lane_keys > 0 ? kAttendBackwardLaneWarps : 1;
+  plan.item_blocks =
+      std::min(ceil_div(saturated_product({items, plan.heads}), block_items), kItemBlocksPerSm * device.sms);
   plan.row_blocks = kRowBlocksPerSm * device.sms;
   count_workspace(plan, s);
   return plan;

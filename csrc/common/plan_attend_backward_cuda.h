@@ -7,6 +7,7 @@ namespace resona {
 
 // What the plan counts with; attend_backward.cu asserts that the kernels agree.
 constexpr int64_t kAttendBackwardRowThreads = 128, kAttendSinkRows = 512;
+constexpr int64_t kAttendBackwardMostSegment = 1024, kAttendBackwardLaneWarps = 4;
 
 struct CudaAttendBackwardPlan {
   const char* kernel;
@@ -16,6 +17,7 @@ struct CudaAttendBackwardPlan {
   int64_t batch, queries, heads;
   int64_t width;      // of the instance: head dims up to it
   int64_t tile;       // rows, and keys, that meet at once
+  int64_t lane_keys;  // a warp per list instead, of chunks of so many tokens at most: 4 or 8; 0: tiles
   bool partials;      // d Q comes in parts; else a row selects one chunk of one tile of keys
   int64_t segment;    // rows of a list that one block adds up
   int64_t slab_rows;  // partial sums of long lists, per head: see attend_backward_params.cuh

@@ -5,6 +5,7 @@
 
 #include "cuda/attend_backward.cuh"
 #include "cuda/attend_backward_keys.cuh"
+#include "cuda/attend_backward_lanes.cuh"
 #include "cuda/attend_backward_rows.cuh"
 #include "cuda/build_index.cuh"
 #include "cuda/element.cuh"
@@ -20,23 +21,50 @@ static_assert(RowConfig::kThreads == kAttendBackwardRowThreads && RowConfig::kSi
 
 template <class T>
 struct BackwardInstance {
+  const char* name;
   void (*kernel)(AttendBackwardParams<T>);
-  int threads, shared_bytes, tile, most_segment;
+  int threads, shared_bytes;
 };
+
+[[noreturn]] void no_instance() {
+  throw std::logic_error(
+      "resona::cuda: attend_backward_kernel: the plan names an instance that does not exist");
+}
+
+template <class T>
+BackwardInstance<T> tile_instance(const CudaAttendBackwardPlan& plan) {
+#define RESONA_MATCH(Element, kWidth)                                                     \
+  if constexpr (std::is_same_v<Element, T>) {                                             \
+    using Config = AttendBackwardConfig<T, kWidth>;                                       \
+    if (plan.width == kWidth && plan.tile == Config::kTile)                               \
+      return {"attend_backward_kernel", attend_backward_kernel<Config>, Config::kThreads, \
+              Config::kSharedBytes};                                                      \
+  }
+  RESONA_ATTEND_BACKWARD_INSTANCES(RESONA_MATCH)
+#undef RESONA_MATCH
+  no_instance();
+}
+
+template <class T>
+BackwardInstance<T> lanes_instance(const CudaAttendBackwardPlan& plan) {
+#define RESONA_MATCH(Element, kPerLane, kKeys)                                                            \
+  if constexpr (std::is_same_v<Element, T>) {                                                             \
+    using Config = AttendBackwardLanesConfig<T, kPerLane, kKeys>;                                         \
+    if (plan.width == Config::kDim && plan.lane_keys == kKeys)                                            \
+      return {"attend_backward_lanes_kernel", attend_backward_lanes_kernel<Config>, Config::kThreads, 0}; \
+  }
+  RESONA_ATTEND_BACKWARD_LANES_INSTANCES(RESONA_MATCH)
+#undef RESONA_MATCH
+  no_instance();
+}
 
 template <class T>
 BackwardInstance<T> instance_of(const CudaAttendBackwardPlan& plan) {
-#define RESONA_MATCH(Element, kWidth)                                                                \
-  if constexpr (std::is_same_v<Element, T>)                                                          \
-    if (plan.width == kWidth) {                                                                      \
-      using Config = AttendBackwardConfig<T, kWidth>;                                                \
-      return {attend_backward_kernel<Config>, Config::kThreads, Config::kSharedBytes, Config::kTile, \
-              Config::kMostSegment};                                                                 \
-    }
-  RESONA_ATTEND_BACKWARD_INSTANCES(RESONA_MATCH)
-#undef RESONA_MATCH
-  throw std::logic_error(
-      "resona::cuda: attend_backward_kernel: the plan names an instance that does not exist");
+  static_assert(AttendBackwardConfig<T, 64>::kMostSegment == kAttendBackwardMostSegment,
+                "plans count with these");
+  if (plan.segment > kAttendBackwardMostSegment)
+    throw std::logic_error("resona::cuda: attend_backward_kernel: the plan counts with longer segments");
+  return plan.lane_keys > 0 ? lanes_instance<T>(plan) : tile_instance<T>(plan);
 }
 
 // Rows of a tensor from (batch, token) on.
@@ -147,11 +175,9 @@ struct AttendBackward {
 
   void run_heads(AttendBackwardParams<T> p) const {
     const BackwardInstance<T> instance = instance_of<T>(plan);
-    if (instance.tile != plan.tile || instance.most_segment < plan.segment)
-      throw std::logic_error("resona::cuda: attend_backward_kernel: the plan counts with other tiles");
     const Shape& s = shape();
     const auto run_items = [&] {
-      launch_next("attend_backward_kernel", plan.item_blocks, instance.threads, instance.kernel, p,
+      launch_next(instance.name, plan.item_blocks, instance.threads, instance.kernel, p,
                   instance.shared_bytes);
     };
     const int64_t rows = p.attend.batch * p.attend.queries * s.retrieval_heads * p.heads * p.attend.group();

@@ -64,27 +64,14 @@ struct AttendBackwardConfig {
 
 // ---- loads
 
-struct RowEntry {
-  int32_t token;
-  float shift, factor, delta;
-};
-
 // Thread i's row of a tile; threads beyond its rows get none.
 template <class Config, class T>
 __device__ __forceinline__ RowEntry find_row(const AttendBackwardParams<T>& p, const BackwardItem& item,
                                              const BackwardStorage<Config>& storage, int first_row) {
-  const AttendParams<T>& a = p.attend;
   const int row = first_row + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) >= Config::kTile || row >= item.rows) return {-1, 0, 0, 0};
-  const int at = item.skipped + row, query_of_item = item.group.quotient(at);
-  const int64_t position = item.list + query_of_item, query = storage.list()[query_of_item];
-  const int64_t head = item.kv_head * item.group.group + (at - query_of_item * item.group.group);
-  const int64_t of_row = query * a.heads + head;
-  const float bias = a.bias ? slot_bias(a, p.list_slots[position], item.retrieval_head) : 0;
-  const float lse = a.lse[of_row];
-  const bool exists = lse != -kInfinity && bias != -kInfinity;
-  return {exists ? static_cast<int32_t>(query - item.batch * a.queries) : -1, bias - lse,
-          p.factor && !p.only_sums ? p.factor[of_row] : 1, p.only_sums ? 0 : p.delta[of_row]};
+  const int query_of_item = item.group.quotient(item.skipped + row);
+  return row_entry(p, item, row, query_of_item, storage.list()[query_of_item]);
 }
 
 template <class Config>

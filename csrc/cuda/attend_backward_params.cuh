@@ -5,6 +5,7 @@
 // block; tile_begin of the index counts segments.
 #pragma once
 
+#include "cuda/attend_chunk.cuh"
 #include "cuda/attend_chunk_item.cuh"
 #include "cuda/attend_params.cuh"
 #include "cuda/index.cuh"
@@ -79,13 +80,11 @@ struct BackwardItem {
   int zero;
 };
 
+// Segment `segment` of all lists, which `work` says is of list work.key.
 template <class T>
-__device__ __forceinline__ BackwardItem find_backward_item(const AttendBackwardParams<T>& p, int64_t segments,
-                                                           int64_t number) {
+__device__ __forceinline__ BackwardItem backward_item(const AttendBackwardParams<T>& p, int64_t kv,
+                                                      uint32_t segment, const WorkItem& work) {
   const AttendParams<T>& a = p.attend;
-  const int64_t kv = number / segments;
-  const uint32_t segment = static_cast<uint32_t>(number - kv * segments);
-  const WorkItem work = find_work_by_warp(p.tile_begin, p.tile_totals, p.keys, segment);
   const int64_t batch_and_head = work.key / a.chunks, group = a.group();
   const int64_t begin = p.offsets[work.key], all_rows = (p.offsets[work.key + 1] - begin) * group;
   const int64_t first = static_cast<int64_t>(segment - work.begin) * p.segment, rows = all_rows - first;
@@ -103,6 +102,38 @@ __device__ __forceinline__ BackwardItem find_backward_item(const AttendBackwardP
   item.group = division_by(a.group());
   item.zero = 0;
   return item;
+}
+
+// By a warp.
+template <class T>
+__device__ __forceinline__ BackwardItem find_backward_item(const AttendBackwardParams<T>& p, int64_t segments,
+                                                           int64_t number) {
+  const int64_t kv = number / segments;
+  const uint32_t segment = static_cast<uint32_t>(number - kv * segments);
+  return backward_item(p, kv, segment, find_work_by_warp(p.tile_begin, p.tile_totals, p.keys, segment));
+}
+
+// ---- rows
+
+// A row that does not exist, or has no weight in this chunk, has token -1.
+struct RowEntry {
+  int32_t token;
+  float shift, factor, delta;
+};
+
+// The item's row number `row`, of query `query`, which is the item's number `query_of_item`.
+template <class T>
+__device__ __forceinline__ RowEntry row_entry(const AttendBackwardParams<T>& p, const BackwardItem& item,
+                                              int row, int query_of_item, int64_t query) {
+  const AttendParams<T>& a = p.attend;
+  const int64_t position = item.list + query_of_item;
+  const int group_head = item.skipped + row - query_of_item * item.group.group;
+  const int64_t of_row = query * a.heads + item.kv_head * item.group.group + group_head;
+  const float bias = a.bias ? slot_bias(a, p.list_slots[position], item.retrieval_head) : 0;
+  const float lse = a.lse[of_row];
+  const bool exists = lse != -kInfinity && bias != -kInfinity;
+  return {exists ? static_cast<int32_t>(query - item.batch * a.queries) : -1, bias - lse,
+          p.factor && !p.only_sums ? p.factor[of_row] : 1, p.only_sums ? 0 : p.delta[of_row]};
 }
 
 }  // namespace resona::cuda

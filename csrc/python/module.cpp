@@ -144,6 +144,7 @@ Stage attend_backward_stage(const resona::CudaAttendBackwardPlan& p) {
            {"heads", p.heads},
            {"width", p.width},
            {"tile", p.tile},
+           {"lane_keys", p.lane_keys},
            {"partials", p.partials},
            {"segment", p.segment},
            {"vector", p.vector},

@@ -153,6 +153,11 @@ class Attention:
         out = storage(torch.empty(shape, dtype=self.dtype))
         return {"out": out, "lse": np.empty(shape[:-1], np.float32)}
 
+    def nothing(self) -> tuple[Tensor, Tensor]:
+        """Results that nobody has computed."""
+        results = self.results()
+        return torch.from_numpy(results["out"]).view(self.dtype), torch.from_numpy(results["lse"])
+
     def run(self, sim, case: Case, schedule=ANY, truncated_products=False) -> tuple[Tensor, Tensor]:
         """Runs a case, and makes what comes out what it expects from now on."""
         results, work = self.results(), {k: np.empty_like(v) for k, v in case.workspace.items()}

@@ -82,8 +82,8 @@ def strides(name: str, x: torch.Tensor) -> dict[str, int]:
 
 
 def plan(scalars, inputs=None) -> list[int]:
-    """Bytes of workspace; batch entries, queries and heads of a list at once."""
-    fields = np.zeros(4, np.int64)
+    """Bytes of workspace; batch entries, queries and heads of a list at once; keys of a warp."""
+    fields = np.zeros(5, np.int64)
     sim = harness.build("plain")
     sim.run("attend_backward_plan", inputs or {}, {"plan": fields}, **scalars)
     return fields.tolist()

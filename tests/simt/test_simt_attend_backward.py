@@ -23,7 +23,7 @@ LARGE = {  # B, T, L, H, Hkv, R, D, S, k; batch entries, queries and heads at on
     # d K and d V of one head of a list, in float32, cannot be cut.
     "own selections": ((1, 65536, 65536, 16, 16, 16, 64, 64, 8), (1, 6208, 1), 1024),
     "1M": ((1, 2**20, 2**20, 16, 16, 1, 128, 64, 8), (1, 51136, 1), 1536),
-    "beyond all tensors": ((2**20, 2**30, 2**30, 8, 8, 1, 256, 1, 64), (1, 3968, 1), 2**62),
+    "beyond all tensors": ((2**20, 2**30, 2**30, 8, 8, 1, 256, 1, 64), (1, 3904, 1), 2**62),
 }
 
 
@@ -35,7 +35,7 @@ def test_workspace_is_bounded(shape, parts, most):
     rows += ("query_gradient", "key_gradient", "value_gradient")
     scalars |= {f"{name}_{axis}_stride": 0 for name in rows for axis in ("batch", "token", "head")}
     scalars |= {"dtype": "bfloat16", "vector": 1, "scale": "1", "sequences": 0, "sms": 132}
-    size, *found = plan(scalars)
+    size, *found, _ = plan(scalars)
     assert tuple(found) == parts and size <= most << 20
 
 
@@ -43,6 +43,18 @@ SIZES = [1, 2, 3, 5, 8, 16, 37, 64, 128]
 TOP_K = [1, 2, 4, 8, 16]
 GROUPS = [1, 2, 8]
 DIMS = [16, 40, 64, 128, 200, 256]
+
+
+TILES = {"lane_keys": 0}
+
+
+def check_paths(backward: Backward, sim) -> None:
+    """What the plan chooses, and tiles too if it chooses a warp per list."""
+    backward.check(sim)
+    *_, lane_keys = plan(backward.case().scalars)
+    if lane_keys:
+        backward.scalars |= TILES
+        backward.check(sim)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -63,7 +75,7 @@ def test_equals_autograd(plain, dtype, chunk_size):
             sink=at % 2 == 0,
             bias=at % 3 == 0,
         )
-        Backward(p, lse_gradient=at % 4 == 0).check(plain)
+        check_paths(Backward(p, lse_gradient=at % 4 == 0), plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -156,7 +168,7 @@ def test_long_lists_are_cut(plain, dtype):
     )
     p.tensors["indices"][..., 0] = torch.where(p.eligible() > 0, 0, -1).view(1, -1, 1).int()
     for segment in (64, 100, 256):
-        Backward(p, segment=segment).check(plain)
+        check_paths(Backward(p, segment=segment), plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -170,7 +182,7 @@ def test_parts(plain, dtype):
         ([5, 0, 13, 6], {"plan_queries": 16}),
     ):
         p = Attention(dtype, 2, lengths=lengths, **shape)
-        Backward(p, lse_gradient=True, **parts).check(plain)
+        check_paths(Backward(p, lse_gradient=True, **parts), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
@@ -252,15 +264,20 @@ def test_wrong_cu_seqlens_reach_no_foreign_memory(race):
 
 
 def covering() -> list[Case]:
-    """Each tile, 16-bit and fp32; several tiles of keys, cut lists, unaligned rows, parts."""
+    """Each tile, 16-bit and fp32; several tiles of keys, cut lists, unaligned rows, parts; warps alone."""
     small = dict(queries=10, context=26, heads=2, kv_heads=1, top_k=2, sink=True)
     problems = [
-        (Attention(torch.bfloat16, head_dim=64, bias=True, **small), {"segment": 64}),
-        (Attention(torch.float16, head_dim=40, lengths=[9, 0, 13], chunk_size=3), {}),
-        (Attention(torch.float32, head_dim=40, bias=True, **small), {"plan_queries": 8}),
-        (Attention(torch.float16, head_dim=37, **small), {}),
+        (Attention(torch.bfloat16, head_dim=64, bias=True, **small), {"segment": 64, **TILES}),
+        (Attention(torch.float16, head_dim=40, lengths=[9, 0, 13], chunk_size=3), TILES),
+        (Attention(torch.float32, head_dim=40, bias=True, **small), {"plan_queries": 8, **TILES}),
+        (Attention(torch.float16, head_dim=37, **small), TILES),
         (Attention(torch.float32, head_dim=130, **{**small, "chunk_size": 18}), {}),
         (Attention(torch.bfloat16, head_dim=136, **{**small, "context": 90, "chunk_size": 40}), {}),
+        (Attention(torch.bfloat16, head_dim=64, bias=True, **small), {"segment": 8}),
+        (Attention(torch.float16, head_dim=100, lengths=[9, 0, 13], chunk_size=3), {}),
+        (Attention(torch.float32, head_dim=80, bias=True, **small), {"plan_queries": 8}),
+        (Attention(torch.float32, head_dim=129, **small), {}),
+        (Attention(torch.bfloat16, head_dim=128, **{**small, "chunk_size": 8, "top_k": 1}), {}),
     ]
     return [
         Backward(p, lse_gradient=True, item_blocks=2, row_blocks=2, **plan).case()
@@ -310,6 +327,24 @@ DROPPED = {
     "item": "    __syncthreads();  // the item before has been worked off\n",
     "primary": "  ptx::griddepcontrol_wait();\n  const int key_tiles",
 }
+
+
+LANES_DROPPED = {
+    "items": "    __syncwarp();  // items are there\n",
+    "items before": "    __syncwarp();  // the batch before has been worked off\n",
+    "primary": "  ptx::griddepcontrol_wait();\n",
+}
+
+
+@pytest.mark.parametrize("old", LANES_DROPPED.values(), ids=LANES_DROPPED)
+def test_race_build_notices_a_dropped_line_of_a_warp(old):
+    sim = harness.mutant("race", "attend_backward.cpp", "attend_backward_lanes.cuh", old, "")
+    p = Attention(torch.bfloat16, queries=150, context=800, top_k=2)
+    case = Backward(p, item_blocks=1).case()
+    reports = r"race: |nobody has written|without griddepcontrol_wait"
+    with pytest.raises(sim.Error, match=reports):
+        for schedule in SCHEDULES[::3]:
+            case.check(sim, schedule)
 
 
 @pytest.mark.parametrize("old", DROPPED.values(), ids=DROPPED)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from attend_cases import DTYPES, PATHS, Attention, name_of, planned
-from attend_gradients import Backward, arguments, borders
+from attend_gradients import Backward, arguments, borders, plan
 from harness import SCHEDULES
 from support import assert_no_worse
 
@@ -140,9 +140,13 @@ def test_forward_and_backward(plain, threads, dtype, chunk_size, kind):
 
 
 def test_all_paths_are_taken(plain):
-    """By each dtype that has them, ragged and packed."""
+    """By each dtype that has them, ragged and packed, forward and backward."""
     taken = {}
     for of in PROBLEMS:
-        taken.setdefault((of[0], of[-1]), set()).add(planned(problem(*of))[1])
+        p = problem(*of)
+        paths = taken.setdefault((of[0], of[-1]), set())
+        *_, lane_keys = plan(Backward(p, given=p.nothing()).case().scalars)
+        paths |= {planned(p)[1], "backward lanes" if lane_keys else "backward tiles"}
     for (dtype, kind), paths in taken.items():
-        assert paths == (set(PATHS) if dtype.itemsize == 2 else {"query", "chunk"}), (dtype, kind)
+        forward = PATHS if dtype.itemsize == 2 else ["query", "chunk"]
+        assert paths == {*forward, "backward lanes", "backward tiles"}, (dtype, kind)

@@ -71,7 +71,8 @@ CudaAttendBackwardPlan plan_of(const simt::Arguments& a, const AttendBackwardPro
     if (a.integers.count(name)) field = a.integer(name);
   };
   over("plan_batch", plan.batch), over("plan_queries", plan.queries), over("plan_heads", plan.heads);
-  over("segment", plan.segment), over("item_blocks", plan.item_blocks), over("row_blocks", plan.row_blocks);
+  over("lane_keys", plan.lane_keys), over("segment", plan.segment), over("item_blocks", plan.item_blocks),
+      over("row_blocks", plan.row_blocks);
   const Shape part = part_of(plan, s, 0, 0);
   const int64_t rows = part.batch * part.queries * s.retrieval_heads * s.top_k * (s.heads / s.kv_heads);
   plan.slab_rows = 2 * ((rows + plan.segment - 1) / plan.segment);
@@ -83,8 +84,8 @@ CudaAttendBackwardPlan plan_of(const simt::Arguments& a, const AttendBackwardPro
 
 void run_plan(const simt::Arguments& a) {
   const CudaAttendBackwardPlan plan = plan_of(a, problem_of(a));
-  const int64_t fields[] = {plan.workspace_bytes, plan.batch, plan.queries, plan.heads};
-  std::copy_n(fields, 4, a.array<int64_t>("plan"));
+  const int64_t fields[] = {plan.workspace_bytes, plan.batch, plan.queries, plan.heads, plan.lane_keys};
+  std::copy_n(fields, 5, a.array<int64_t>("plan"));
 }
 
 void run_backward(const simt::Arguments& a) {
