@@ -209,7 +209,8 @@ def _print_notes(head: dict, groups: Sequence[Runs]) -> None:
     with_resona = [g for g in groups if g.cell.branch.kind == "resona" and g.metric == "token"]
     if with_resona:
         reached = sum(g.value("token") >= ENOUGH for g in with_resona)
-        print(f"\nWith Resona {reached} of {len(with_resona)} cells reach {ENOUGH}.")
+        best = "" if not others else ", in the best of their trainings"
+        print(f"\nWith Resona {reached} of {len(with_resona)} cells reach {ENOUGH}{best}.")
     print()
 
 
