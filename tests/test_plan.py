@@ -68,6 +68,12 @@ def test_every_thread_gets_work(threads):
     assert 4 * 16384 / s["attend"].parameters["query_range"] >= threads
 
 
+def test_short_contexts_are_pooled_by_one_thread():
+    short = stages(queries=1024, context=1024, retrieval_dim=128, threads=16)["pool"]
+    assert short.parameters["chunks_per_task"] == 1024 // 64
+    assert stages(threads=16)["pool"].parameters["chunks_per_task"] < 16384 // 64
+
+
 @pytest.mark.parametrize("threads", [1, 2, 16, 64, 128])
 @pytest.mark.parametrize("chunk_size, top_k", [(64, 8), (16, 4), (2, 1), (64, 1000)])
 def test_workspace_stays_bounded_at_a_million_tokens(threads, chunk_size, top_k):

@@ -5,6 +5,8 @@
 namespace resona {
 namespace {
 
+// Additions that are worth waking a thread for: 0.2 ms of pooling. On a busy machine a wake-up costs more.
+constexpr int64_t kWorthAThread = 1 << 18;
 constexpr int64_t kTasksPerThread = 4;  // enough to balance causal work
 // Scratch per thread, beyond which nothing is gained, and of all threads together.
 constexpr int64_t kAttendBytes = 16 << 20, kAllAttendBytes = 256 << 20;
@@ -34,6 +36,10 @@ int64_t slots_of(const Shape& s) { return std::min(s.top_k, s.context / s.chunk_
 
 PoolPlan plan_pool(const Shape& s, const Device& device) {
   const int64_t chunks = s.context / s.chunk_size;
+  const int64_t elements = s.context * s.retrieval_heads * s.retrieval_dim;  // of one sequence
+  if (s.batch <= 1 && s.retrieval_heads == 1 && elements <= kWorthAThread)
+    return {"chunk_rows", "one pass over the context, too short for a second thread",
+            std::max<int64_t>(1, chunks)};
   return {"chunk_rows", "one pass over the context, fp32 sums in token order",
           balanced(chunks, s.batch * s.retrieval_heads, 1, 256, device)};
 }
