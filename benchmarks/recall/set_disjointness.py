@@ -208,6 +208,9 @@ def plot(result: dict, path: Path) -> None:
             means = [sum(points[s]) / len(points[s]) for s in states]
             axis.plot(states, means, "o-", color=colour, label=name)
         axis.set(title=f"{kind} linear attention", xlabel="numbers in the state", xscale="log")
+        ticks = sorted({row["state"] for row in rows})
+        axis.set_xticks(ticks, [str(state) for state in ticks])
+        axis.minorticks_off()
         axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
