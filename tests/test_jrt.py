@@ -238,7 +238,7 @@ def test_the_loss_trains():
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
-        losses.append(float(loss.total))
+        losses.append(loss.total.item())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
