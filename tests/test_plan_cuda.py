@@ -217,6 +217,32 @@ def test_few_queries_share_their_keys():
     assert parameters("attend", queries=16384, chunk_size=4, top_k=8)["splits"] == 1
 
 
+SPLITS_AND_PASSES = dict(queries=2048, context=65536, chunk_size=16, top_k=32)
+SORTED = dict(queries=131072, context=131072, chunk_size=16, top_k=1)  # 8192 chunks: two passes
+
+# Launches of a fused call: pool, search, attend; chunk by chunk also two for the index, and a merge.
+LAUNCHES = [
+    (dict(), 6),
+    (dict(dtype="float32"), 6),
+    (dict(top_k=1), 5),
+    (SPLITS_AND_PASSES, 6),
+    (dict(queries=65536, context=65536), 6),
+    (dict(chunk_size=2, top_k=1), 3),
+    (dict(chunk_size=4, top_k=8), 3),
+    (dict(queries=4096, context=4096), 3),
+    (dict(queries=1), 3),
+    (dict(chunk_size=1, top_k=300), 3),  # every row canonically
+    (dict(queries=0), 2),
+    (dict(batch=0), 0),
+    (SORTED, 16),
+]
+
+
+@pytest.mark.parametrize("changes, launches", LAUNCHES)
+def test_launches_of_a_call(changes, launches):
+    assert parameters("fused", **changes)["launches"] == launches
+
+
 # L, chunk_size, top_k -> ranges of queries that a call is cut into, with 16 heads of 128 elements
 RANGES = [
     (2**14, 64, 8, 2),

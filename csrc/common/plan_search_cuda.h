@@ -8,6 +8,7 @@ namespace resona {
 // What the plan counts with; search.cu asserts that the kernels agree.
 constexpr int64_t kSearchTileRows = 128, kSearchStepChunks = 64;
 constexpr int64_t kSearchMostCandidates = 256;  // of a row
+constexpr int64_t kSearchMostSlots = 256;       // of k, with candidates
 
 // What the plan has to know besides the shape.
 struct CudaSearchFacts {
@@ -24,23 +25,23 @@ struct CudaSearchPlan {
   bool pinned;           // queries stay in registers
   int64_t bag_per_lane;  // candidates of a row: 4 x this, per pass and split
   int64_t passes, splits;
-  int64_t tiles, window_tiles;  // tiles of 128 queries in all, and per launch
-  int64_t norm_blocks, exact_blocks;
-  int64_t sequences;  // as in CudaFacts
+  int64_t tiles, window_tiles;        // tiles of 128 queries in all, and per launch
+  int64_t norm_blocks, exact_blocks;  // 0 without that kernel
+  int64_t sequences;                  // as in CudaFacts
   int64_t workspace_bytes;
 
   int64_t windows() const { return (tiles + window_tiles - 1) / window_tiles; }
   int64_t groups() const { return passes * splits; }
+  int64_t tickets() const { return splits > 1 ? tiles : 0; }
 };
 
+// With one pass and one split candidates never leave the block, and all of these but the norms are null.
 struct SearchArrays {
   int32_t* candidates;  // [window rows, groups, 4 bag_per_lane]
-  float* cutoffs;       // [window rows, groups]
-  int32_t* last;        // [window rows, groups], null for one pass
+  float* cutoffs;       // [window rows, splits]
+  uint32_t* tickets;    // [tickets()], cleared by the kernel before the search: that of the norms, or pooling
   float* norms;         // [B, R, steps], null for unit chunks
-  uint32_t* counts;     // [windows]
-  int64_t* uncertain;   // [window rows], null without candidates
-  uint64_t* keys;       // [exact_blocks, C]
+  uint64_t* keys;       // [exact_blocks, C], null with candidates
 };
 
 CudaSearchPlan plan_search_cuda(const Shape&, const CudaSearchFacts&, const CudaDevice&);

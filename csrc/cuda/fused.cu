@@ -42,7 +42,9 @@ void retrieve_attend(const FusedProblem& problem, const CudaFusedPlan& plan, voi
     const bool last = s.batch - first <= plan.batch;
     const CudaFusedStages& stages = last ? plan.last : plan.part;
     const FusedProblem p = part_of(whole, first, last ? s.batch - first : plan.batch);
-    pool_chunks(p.pool, stages.pool, packed, stream);
+    Workspace scratch = workspace;
+    const SearchArrays search = take_search(stages.search, p.pool.shape, scratch);
+    pool_chunks(p.pool, stages.pool, packed, {search.tickets, stages.search.tickets()}, stream);
     retrieve(p.retrieve, stages.search, packed, workspace, stream);
     attend(p.attend, stages.attend, packed, workspace, stream);
   }

@@ -34,15 +34,16 @@ PoolInstance<PoolParams<T>> instance_of(const CudaPoolPlan& plan) {
 void pool_chunks(const PoolProblem& p, const CudaPoolPlan& plan, void* memory, Stream stream) {
   Workspace workspace(memory);
   int32_t* chunk_begin = take_chunk_begin(plan.sequences, workspace);
-  pool_chunks(p, plan, find_chunks(p.packed, p.shape, chunk_begin, stream), stream);
+  pool_chunks(p, plan, find_chunks(p.packed, p.shape, chunk_begin, stream), {nullptr, 0}, stream);
 }
 
 void pool_chunks(const PoolProblem& p, const CudaPoolPlan& plan, const PackedSequences& packed,
-                 Stream stream) {
+                 const Counters& counters, Stream stream) {
   with_element(p.context.dtype, [&](auto element) {
     using T = decltype(element);
     PoolParams<T> params = pool_params<T>(p.shape, p.context, packed);
     params.chunks = static_cast<T*>(p.chunks.data);
+    params.cleared = counters.at, params.cleared_count = counters.count;
     const auto [kernel, threads] = instance_of<T>(plan);
     launch({"pool_kernel", {plan.blocks}, threads, 0, packed.cu_seqlens != nullptr, plan.reason}, stream,
            kernel, params);

@@ -34,6 +34,8 @@ struct PoolParams {
   int64_t batch, length, heads, dim;                // B, L, R, E
   int64_t chunk_size, chunks_per_batch;             // S, C = L / S
   PackedSequences packed;                           // B == 1 if there are any
+  uint32_t* cleared;                                // [cleared_count]: counters of a kernel behind this one
+  int64_t cleared_count;
 };
 
 // Sixteen-byte loads want rows, strides and E to be multiples of 16 bytes, and both tensors aligned so.
@@ -171,6 +173,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   const int64_t rows = p.batch * p.chunks_per_batch * p.heads;
   const int64_t step = static_cast<int64_t>(gridDim.x) * Config::kWarps * Config::kRows;
   ptx::griddepcontrol_wait();
+  if (blockIdx.x == 0)
+    for (int64_t i = threadIdx.x; i < p.cleared_count; i += Config::kThreads) p.cleared[i] = 0;
   for (int64_t row = (static_cast<int64_t>(blockIdx.x) * Config::kWarps + warp) * Config::kRows; row < rows;
        row += step) {
     const int64_t source = pool_source(p, row + own_row);

@@ -7,14 +7,14 @@
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/packed.cuh"
-#include "cuda/search_refine.cuh"
+#include "cuda/search_exact.cuh"
 #include "cuda/stages.h"
 
 namespace resona::cuda {
 namespace {
 
 static_assert(kSearchRows == kSearchTileRows && kSearchChunks == kSearchStepChunks &&
-                  SearchRefineConfig::kMostCandidates == kSearchMostCandidates,
+                  kMostCandidates == kSearchMostCandidates && kMostKept == kSearchMostSlots,
               "plans count with these");
 
 template <class T>
@@ -74,55 +74,41 @@ struct Search {
     p.chunk = chunk();
     p.batch = s.batch, p.heads = s.retrieval_heads, p.chunks = s.context / s.chunk_size,
     p.dim = s.retrieval_dim;
-    p.norms = arrays.norms;
+    p.norms = arrays.norms, p.tickets = arrays.tickets, p.ticket_count = plan.tickets();
     launch_next("search_norms_kernel", plan.norm_blocks, SearchNormsConfig::kThreads, search_norms_kernel<T>,
                 p);
   }
 
-  void find_candidates(const SearchRows& rows, int64_t window) const {
+  SearchResults results() const {
+    return {problem.shape.top_k, problem.indices, static_cast<float*>(problem.scores)};
+  }
+
+  void find(const SearchRows& rows) const {
     const SearchInstance<T> instance = instance_of<T>(plan);
     SearchParams<T> p{};
     p.rows = rows;
     p.query = query(), p.chunk = chunk();
-    p.candidates = arrays.candidates, p.cutoffs = arrays.cutoffs, p.last = arrays.last;
-    p.count = arrays.counts + window;
+    p.norms = arrays.norms;
+    p.error = sizeof(T) == 2 ? mma16_error(rows.dim) : tf32x3_error(rows.dim);
+    p.results = results();
     p.splits = static_cast<int>(plan.splits), p.passes = static_cast<int>(plan.passes);
-    for (p.pass = 0; p.pass < p.passes; ++p.pass)
-      launch_next("search_kernel", rows.tiles * plan.splits, kSearchThreads, instance.kernel, p,
-                  instance.shared_bytes);
+    p.candidates = arrays.candidates, p.cutoffs = arrays.cutoffs, p.tickets = arrays.tickets;
+    launch_next("search_kernel", rows.tiles * plan.splits, kSearchThreads, instance.kernel, p,
+                instance.shared_bytes);
   }
 
-  SearchResultParams<T> result_params(const SearchRows& rows, int64_t window) const {
-    SearchResultParams<T> p{};
-    p.rows = rows;
-    p.query = query(), p.chunk = chunk();
-    p.keys = arrays.keys;
-    p.top_k = problem.shape.top_k;
-    p.indices = problem.indices, p.scores = static_cast<float*>(problem.scores);
-    if (!plan.candidates) return p;
-    p.candidates = arrays.candidates, p.cutoffs = arrays.cutoffs, p.norms = arrays.norms;
-    p.groups = static_cast<int>(plan.groups()), p.splits = static_cast<int>(plan.splits);
-    p.group_candidates = static_cast<int>(kQuad * plan.bag_per_lane);
-    p.error = sizeof(T) == 2 ? mma16_error(rows.dim) : tf32x3_error(rows.dim);
-    p.count = arrays.counts + window, p.uncertain = arrays.uncertain;
-    return p;
+  void score_all(const SearchRows& rows) const {
+    launch_next("search_exact_kernel", plan.exact_blocks, SearchExactConfig::kThreads, search_exact_kernel<T>,
+                {rows, query(), chunk(), results(), arrays.keys});
   }
 
   void run() const {
     if (plan.norms) find_norms();
     SearchRows rows = rows_of(problem.shape, packed);
-    for (int64_t window = 0; window < plan.windows(); ++window) {
-      rows.first_tile = window * plan.window_tiles;
-      rows.tiles =
-          plan.tiles - rows.first_tile < plan.window_tiles ? plan.tiles - rows.first_tile : plan.window_tiles;
-      const SearchResultParams<T> p = result_params(rows, window);
-      if (plan.candidates) {
-        find_candidates(rows, window);
-        launch_next("search_refine_kernel", rows.tiles * kSearchRows / SearchRefineConfig::kWarps,
-                    SearchRefineConfig::kThreads, search_refine_kernel<T>, p);
-      }
-      launch_next("search_exact_kernel", plan.exact_blocks, SearchExactConfig::kThreads,
-                  search_exact_kernel<T>, p);
+    for (rows.first_tile = 0; rows.first_tile < plan.tiles; rows.first_tile += plan.window_tiles) {
+      const int64_t left = plan.tiles - rows.first_tile;
+      rows.tiles = left < plan.window_tiles ? left : plan.window_tiles;
+      plan.candidates ? find(rows) : score_all(rows);
     }
   }
 };

@@ -1,10 +1,9 @@
 // Streaming top-k search: for every query the best chunks of its past by <q, c>, on tensor cores. No score
 // is ever stored.
 //
-//   search_norms_kernel     per 64 chunks, the largest norm         for the bound on quick products
-//   search_kernel           candidates: 128 queries x 64 chunks a step, further passes for large k
-//   search_refine_kernel    canonical scores of the candidates, the best k of them, and: are they certain?
-//   search_exact_kernel     the rows that were not, or all rows, by canonical scores alone
+//   search_norms_kernel     per 64 chunks, the largest norm: for chunks of any norm only (search_exact.cuh)
+//   search_kernel           everything else, for k up to 236
+//   search_exact_kernel     above, all rows by canonical scores alone
 //
 // search_kernel, a block of 8 warps on 128 queries of one batch entry and retrieval head:
 //
@@ -17,13 +16,16 @@
 //       the row's largest of 64 against the worst of its bag            2 x 16 maxima, one vote
 //       rarely: offer the better ones to the bag (bag.cuh)
 //   bag -> candidates, its worst score -> cutoff: every chunk outside has a quick product <= cutoff
+//   candidates -> results, in the same block (search_finish.cuh)
 //
 // Bytes: chunks come from L2 once per 128 queries, C E / 64 bytes per query in 16 bits; queries once. FLOPs:
 // 2 C E per query, of which causality saves half.
 //
-// When there are few queries, blocks share them and split the chunks; every split leaves its own candidates.
-// Pass p > 0 skips what ranks above the worst pair that pass p - 1 kept: quick products come out the same in
-// every pass, so the passes enumerate one ranking.
+// Large k takes several passes over the chunks. Each skips what ranks above the worst pair that the one
+// before it kept: quick products come out the same in every pass, so the passes enumerate one ranking.
+//
+// When there are few queries, blocks share them and split the chunks. Each leaves its candidates in memory
+// and draws a ticket; the last one finishes the rows of all.
 #pragma once
 
 #include "cuda/bag.cuh"
@@ -31,9 +33,9 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/griddepcontrol.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/search_finish.cuh"
+#include "cuda/search_rows.cuh"
 #include "cuda/search_tile.cuh"
-#include "cuda/sequences.cuh"
-#include "cuda/types.cuh"
 
 namespace resona::cuda {
 
@@ -48,48 +50,6 @@ struct SearchConfig {
   static constexpr int kSharedBytes = kStages * Tile::kStageBytes;
   static constexpr int kRegisterCap = 128;
   static constexpr int kMinBlocks = 2;
-};
-
-// The rows of one launch: tiles of 128 queries, numbered over batch entries, heads and queries. Candidates
-// and cutoffs are stored for these rows only, so a call with many rows can work in windows.
-struct SearchRows {
-  int64_t batch, queries, heads, dim;   // B, T, R, E
-  int64_t context, chunk_size, chunks;  // L, S, C
-  int64_t first_tile, tiles;
-  PackedSequences packed;  // B == 1 if there are any
-
-  __device__ __forceinline__ int64_t tiles_per_head() const {
-    return (queries + kSearchRows - 1) / kSearchRows;
-  }
-  __device__ __forceinline__ QueryPlace place(int64_t query) const {
-    if (query >= queries) return {0, 0, 0};
-    return place_of_query(packed, query, queries, context, chunk_size, chunks);
-  }
-};
-
-struct SearchTileId {
-  int64_t batch, head, query;  // the first of its queries
-};
-
-__device__ __forceinline__ SearchTileId search_tile_id(const SearchRows& rows, int64_t tile) {
-  const int64_t group = tile / rows.tiles_per_head();
-  return {group / rows.heads, group % rows.heads, tile % rows.tiles_per_head() * kSearchRows};
-}
-
-template <class T>
-struct SearchParams {
-  SearchRows rows;
-  SearchOperand<T> query;  // [B, T, R, E]
-  SearchOperand<T> chunk;  // [B, C, R, E]
-  int32_t* candidates;     // [tiles * 128, passes * splits, kCandidates]; within the sequence, or -1
-  float* cutoffs;          // [tiles * 128, passes * splits]
-  int32_t* last;           // as cutoffs, null for one pass: the chunk rows that go with them
-  uint32_t* count;         // of uncertain rows: the first pass clears it for search_refine_kernel
-  int splits, pass, passes;
-
-  __device__ __forceinline__ int64_t group(int64_t row, int at_pass, int split) const {
-    return (row * passes + at_pass) * splits + split;
-  }
 };
 
 // What a lane knows of its two rows, g = lane / 4 and g + 8 of the warp's sixteen.
@@ -112,23 +72,25 @@ __device__ __forceinline__ LaneRows lane_rows(const SearchRows& rows, int64_t fi
   return mine;
 }
 
-// The chunks that a block looks at, in steps of 64: what its queries may retrieve between them, shared out
-// over the splits. Chunk rows of later queries lie behind those of earlier ones.
 struct ChunkRange {
   int begin, end;
 };
 
-template <class T>
-__device__ __forceinline__ ChunkRange chunks_of_split(const SearchParams<T>& p, int64_t first_query,
-                                                      int split) {
+// What the queries of a tile may retrieve between them. Chunk rows of later queries lie behind those of
+// earlier ones.
+__device__ __forceinline__ ChunkRange chunks_of_tile(const SearchRows& rows, int64_t first_query) {
   const int64_t last_query =
-      first_query + kSearchRows < p.rows.queries ? first_query + kSearchRows - 1 : p.rows.queries - 1;
-  const QueryPlace first = p.rows.place(first_query), last = p.rows.place(last_query);
-  const int64_t begin = first.chunk_begin, end = last.chunk_begin + last.eligible;
-  const int64_t steps = (end - begin + kSearchChunks - 1) / kSearchChunks;
-  const int64_t share = (steps + p.splits - 1) / p.splits * kSearchChunks;
-  const int64_t from = begin + split * share, to = from + share < end ? from + share : end;
-  return {static_cast<int>(from < end ? from : end), static_cast<int>(to)};
+      first_query + kSearchRows < rows.queries ? first_query + kSearchRows - 1 : rows.queries - 1;
+  const QueryPlace first = rows.place(first_query), last = rows.place(last_query);
+  return {static_cast<int>(first.chunk_begin), static_cast<int>(last.chunk_begin + last.eligible)};
+}
+
+// The part that a block looks at, in steps of 64.
+__device__ __forceinline__ ChunkRange chunks_of_split(const ChunkRange& all, int splits, int split) {
+  const int64_t steps = (all.end - all.begin + kSearchChunks - 1) / kSearchChunks;
+  const int64_t share = (steps + splits - 1) / splits * kSearchChunks;
+  const int64_t from = all.begin + split * share, to = from + share < all.end ? from + share : all.end;
+  return {static_cast<int>(from < all.end ? from : all.end), static_cast<int>(to)};
 }
 
 // Columns outside a row's range get no score.
@@ -145,22 +107,22 @@ __device__ __forceinline__ void hide_foreign(float (&acc)[kColumns][4], const La
   }
 }
 
+// The worst pair that each of a lane's rows has kept.
+struct KeptRows {
+  float worst[2];
+  int worst_chunk[2];
+};
+
 // Nor do those that an earlier pass kept: the ones that do not rank below the worst of them.
-template <int kColumns, class T>
-__device__ __forceinline__ void hide_kept(float (&acc)[kColumns][4], const SearchParams<T>& p, int tile,
-                                          int split, int first) {
+template <int kColumns>
+__device__ __forceinline__ void hide_kept(float (&acc)[kColumns][4], const KeptRows& kept, int first) {
   const int column = first + threadIdx.x % kQuad * 2;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int64_t row = static_cast<int64_t>(tile) * kSearchRows + row_in_tile(h);
-    const int64_t before = p.group(row, p.pass - 1, split);
-    const float worst = p.cutoffs[before];
-    const int worst_chunk = p.last[before];
+  for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-      for (int i = 2 * h; i < 2 * h + 2; ++i)
-        if (!ranks_above(worst, worst_chunk, acc[n][i], column + n * 8 + i % 2)) acc[n][i] = kNoScore;
+    for (int i = 0; i < 4; ++i) {
+      if (!ranks_above(kept.worst[i / 2], kept.worst_chunk[i / 2], acc[n][i], column + n * 8 + i % 2))
+        acc[n][i] = kNoScore;
     }
   }
 }
@@ -191,41 +153,78 @@ __device__ __forceinline__ void offer_tile(const float (&acc)[kColumns][4], int 
   }
 }
 
+// Where the block stands. In shared memory, for the loop has no registers to spare.
+struct SearchBlock {
+  SearchTileId id;
+  ChunkRange all, own;  // of the tile, and of the split
+  int tile, split;      // of the launch
+};
+
+template <class T>
+__device__ __forceinline__ void find_block(const SearchParams<T>& p, SearchBlock& block) {
+  const unsigned splits = static_cast<unsigned>(p.splits);
+  block.split = static_cast<int>(blockIdx.x % splits);
+  // Late queries see most: they go first.
+  block.tile = static_cast<int>(p.rows.tiles) - 1 - static_cast<int>(blockIdx.x / splits);
+  const SearchTileId id = search_tile_id(p.rows, p.rows.first_tile + block.tile);
+  const ChunkRange all = chunks_of_tile(p.rows, id.query), own = chunks_of_split(all, p.splits, block.split);
+  block.id.batch = id.batch, block.id.head = id.head, block.id.query = id.query;
+  block.all.begin = all.begin, block.all.end = all.end;
+  block.own.begin = own.begin, block.own.end = own.end;
+}
+
+// A lane's part of its rows' bags: to shared memory if they are all the candidates there are.
 template <class Config, class T, class Bags>
-__device__ __forceinline__ void write_bags(const SearchParams<T>& p, const LaneRows& mine, int tile,
-                                           int split, const Bags& bags) {
+__device__ __forceinline__ void store_bags(const SearchParams<T>& p, const SearchBlock& block,
+                                           const LaneRows& mine, int pass, const Bags& bags,
+                                           SearchStorage<Config::kCandidates>& storage) {
   const int t = threadIdx.x % kQuad;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int64_t row = static_cast<int64_t>(tile) * kSearchRows + row_in_tile(h),
-                  group = p.group(row, p.pass, split);
-    int32_t* to = p.candidates + group * Config::kCandidates + t * Config::kPerLane;
+    const int row = row_in_tile(h);
+    const int64_t of_launch = static_cast<int64_t>(block.tile) * kSearchRows + row;
+    const bool alone = p.groups() == 1;
+    const int64_t group = of_launch * p.groups() + pass * p.splits + block.split;
+    int32_t* to = alone ? storage.candidates[row] : p.candidates + group * Config::kCandidates;
+    float* cutoff = alone ? storage.cutoff + row : p.cutoffs + of_launch * p.splits + block.split;
 #pragma unroll
     for (int i = 0; i < Config::kPerLane; ++i)
-      to[i] = bags[h].score[i] == kLowest ? -1 : bags[h].chunk[i] - mine.begin[h];
-    if (t > 0) continue;
-    p.cutoffs[group] = bags[h].worst;
-    if (p.last) p.last[group] = bags[h].worst_chunk;
+      to[t * Config::kPerLane + i] = bags[h].score[i] == kLowest ? -1 : bags[h].chunk[i] - mine.begin[h];
+    if (t == 0) *cutoff = bags[h].worst;
   }
 }
 
-template <class Config>
-__global__ void __launch_bounds__(kSearchThreads, Config::kMinBlocks)
-    search_kernel(SearchParams<typename Config::Element> p) {
-  RESONA_DYNAMIC_SHARED(shared);
-  using Tile = typename Config::Tile;
-  ptx::griddepcontrol_wait();
-  if (blockIdx.x == 0 && threadIdx.x == 0 && p.pass == 0) *p.count = 0;
-  const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.splits));
-  const int tile =
-      static_cast<int>(p.rows.tiles) - 1 -
-      static_cast<int>(blockIdx.x / static_cast<unsigned>(p.splits));  // late queries see most: they go first
-  const SearchTileId id = search_tile_id(p.rows, p.rows.first_tile + tile);
-  const LaneRows mine = lane_rows(p.rows, id.query);
-  const ChunkRange range = chunks_of_split(p, id.query, split);
-  Bag<Config::kPerLane> bags[2];
-  bags[0].clear(), bags[1].clear();
+// What the block knows of its rows, for SearchFinish.
+template <class T, class Storage>
+__device__ __forceinline__ void store_rows(const SearchParams<T>& p, const SearchBlock& block,
+                                           const LaneRows& mine, Storage& storage) {
+  if (threadIdx.x % kQuad == 0)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      storage.begin[row_in_tile(h)] = mine.begin[h];
+      storage.eligible[row_in_tile(h)] = mine.end[h] - mine.begin[h];
+    }
+  if (threadIdx.x == 0) storage.uncertain_rows = storage.joined = 0;
+  if (!p.norms) return;
+  float largest = 0;
+  const float* norms = p.norms + (block.id.batch * p.rows.heads + block.id.head) * p.rows.steps();
+  for (int i = block.all.begin / kSearchChunks + static_cast<int>(threadIdx.x);
+       i * kSearchChunks < block.all.end; i += kSearchThreads)
+    largest = fmaxf(largest, norms[i]);
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, distance));
+  if (threadIdx.x % kWarpSize == 0) storage.largest[threadIdx.x / kWarpSize] = largest;
+}
 
+// One pass of a block over its part of the chunks.
+template <class Config, class T, class Bags>
+__device__ __forceinline__ void search_chunks(const SearchParams<T>& p, const SearchBlock& block,
+                                              const LaneRows& mine, bool is_later_pass, const KeptRows& kept,
+                                              Bags& bags, unsigned char* shared) {
+  using Tile = typename Config::Tile;
+  const SearchTileId& id = block.id;
+  const ChunkRange& range = block.own;
   const int64_t queries = p.rows.queries - id.query;
   Tile products(p.query.at(id.batch, id.query, id.head), p.query.row_stride, p.query.vector,
                 queries < kSearchRows ? static_cast<int>(queries) : kSearchRows,
@@ -243,12 +242,49 @@ __global__ void __launch_bounds__(kSearchThreads, Config::kMinBlocks)
     const bool sees_all =
         first >= mine.begin[0] && behind <= mine.end[0] && first >= mine.begin[1] && behind <= mine.end[1];
     if (!__all_sync(kAllLanes, sees_all)) hide_foreign(acc, mine, first);
-    if constexpr (!Config::kPinned) {
-      if (p.pass > 0) hide_kept(acc, p, tile, split, first);
-    }
+    if constexpr (!Config::kPinned)
+      if (is_later_pass) hide_kept(acc, kept, first);
     offer_tile(acc, first, bags);
   }
-  write_bags<Config>(p, mine, tile, split, bags);
+  __syncthreads();  // the stages are done with: others take their place
+}
+
+template <class Config>
+__global__ void __launch_bounds__(kSearchThreads, Config::kMinBlocks)
+    search_kernel(const __grid_constant__ SearchParams<typename Config::Element> p) {
+  RESONA_DYNAMIC_SHARED(shared);
+  RESONA_SHARED(SearchBlock, block);
+  using Storage = SearchStorage<Config::kCandidates>;
+  static_assert(sizeof(Storage) <= Config::kSharedBytes, "the end takes the place of the stages");
+  Storage& storage = *reinterpret_cast<Storage*>(shared);
+  ptx::griddepcontrol_wait();
+  if (threadIdx.x == 0) find_block(p, block);
+  __syncthreads();
+  const LaneRows mine = lane_rows(p.rows, block.id.query);
+  Bag<Config::kPerLane> bags[2];
+  KeptRows kept;
+  for (int pass = 0; pass < (Config::kPinned ? 1 : p.passes); ++pass) {
+    bags[0].clear(), bags[1].clear();
+    search_chunks<Config>(p, block, mine, pass > 0, kept, bags, shared);
+    store_bags<Config>(p, block, mine, pass, bags, storage);
+    if constexpr (!Config::kPinned) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) kept.worst[h] = bags[h].worst, kept.worst_chunk[h] = bags[h].worst_chunk;
+    }
+  }
+  if (p.splits > 1) {
+    __syncthreads();  // the block's candidates are stored
+    if (threadIdx.x == 0) {
+      uint32_t* ticket = p.tickets + p.rows.first_tile + block.tile;
+      storage.is_last = ptx::atom_add_acq_rel_gpu(ticket, 1) + 1 == static_cast<uint32_t>(p.splits);
+    }
+    __syncthreads();
+  }
+  if (p.splits == 1 || storage.is_last) {
+    store_rows(p, block, mine, storage);
+    __syncthreads();  // whoever finishes a row finds it and its candidates
+    SearchFinish<typename Config::Element, Storage>{p, block.id, storage, block.tile}.run();
+  }
   ptx::griddepcontrol_launch_dependents();
 }
 

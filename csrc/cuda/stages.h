@@ -9,7 +9,15 @@
 
 namespace resona::cuda {
 
-void pool_chunks(const PoolProblem&, const CudaPoolPlan&, const PackedSequences&, Stream);
+// What a stage clears for one behind it.
+struct Counters {
+  uint32_t* at;
+  int64_t count;
+};
+
+void pool_chunks(const PoolProblem&, const CudaPoolPlan&, const PackedSequences&, const Counters&, Stream);
+
+// The tickets of unit chunks have been cleared.
 void retrieve(const RetrieveProblem&, const CudaSearchPlan&, const PackedSequences&, Workspace, Stream);
 void attend(const AttendProblem&, const CudaAttendPlan&, const PackedSequences&, Workspace, Stream);
 

@@ -321,6 +321,7 @@ def _cases() -> Iterator[Case]:
             yield Case(op, "wide heads", dtype, L=120, S=5, D=200)
             yield Case(op, "longer chunks", dtype, B=1, L=900, T=300, S=100, k=3, R=1, D=72)
         yield Case("fused_retrieve_attend", "scored", dtype, L=150, S=8)
+        yield Case("fused_retrieve_attend", "not finite", dtype, L=90, S=2, spoil=_not_finite)
     for op in ("attend", "fused_retrieve_attend"):
         yield Case(op, "no queries", T=0)
         yield Case(op, "shorter than a chunk", L=5, S=8, small=True)

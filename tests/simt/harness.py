@@ -245,15 +245,22 @@ def library(build: str, changed: str = "", overlay: Path | None = None) -> Path:
     return _make(CACHE / f"{build}-{key}.so", [COMPILER, *link, *map(str, objects)])
 
 
-def mutant(build: str, runner: str, header: str, old: str, new: str) -> Simulator:
-    """A build in which the first `old` in csrc/cuda/`header` reads `new`: a mistake to be caught."""
-    before, found, after = (ROOT / "csrc" / "cuda" / header).read_text().partition(old)
-    assert found, f"{header} has no longer a line that says: {old}"
-    text = before + new + after
-    overlay = CACHE / f"mutant-{hash_of([header, text])}"
-    path = overlay / "cuda" / header
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+def mutant(build: str, runner: str, header: str, old: str, new: str, *more: tuple) -> Simulator:
+    """A build in which the first `old` in csrc/cuda/`header` reads `new`: a mistake to be caught.
+
+    `more` are further (header, old, new).
+    """
+    texts = {}
+    for name, was, becomes in ((header, old, new), *more):
+        text = texts.get(name) or (ROOT / "csrc" / "cuda" / name).read_text()
+        before, found, after = text.partition(was)
+        assert found, f"{name} has no longer a line that says: {was}"
+        texts[name] = before + becomes + after
+    overlay = CACHE / f"mutant-{hash_of([part for item in texts.items() for part in item])}"
+    for name, text in texts.items():
+        path = overlay / "cuda" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     return Simulator(f"mutant_{overlay.name[-16:]}", library(build, runner, overlay), 0.0)
 
 

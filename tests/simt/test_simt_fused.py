@@ -157,27 +157,33 @@ def plan_of(inputs, scalars) -> Plan:
 
 # Fields, and the launches that they must not exceed.
 PROBLEMS = {
-    "query": (dict(chunk_size=2, top_k=2), 5),
-    "query, one chunk": (dict(chunk_size=2, top_k=1, queries=200, context=200, head_dim=40), 5),
-    "query_mma": (dict(chunk_size=4, top_k=9, head_dim=64, heads=4), 5),
-    "dense": (dict(chunk_size=4, top_k=6, head_dim=40, queries=80, context=100), 5),
-    "chunk": (dict(chunk_size=8, top_k=4, head_dim=40, queries=150, context=150, scored=True), 8),
-    "chunk, final": (dict(chunk_size=20, top_k=1, queries=230, context=230, scored=True), 7),
+    "query": (dict(chunk_size=2, top_k=2), 3),
+    "query, one chunk": (dict(chunk_size=2, top_k=1, queries=200, context=200, head_dim=40), 3),
+    "query_mma": (dict(chunk_size=4, top_k=9, head_dim=64, heads=4), 3),
+    "dense": (dict(chunk_size=4, top_k=6, head_dim=40, queries=80, context=100), 3),
+    "chunk": (dict(chunk_size=8, top_k=4, head_dim=40, queries=150, context=150, scored=True), 6),
+    "chunk, final": (dict(chunk_size=20, top_k=1, queries=230, context=230, scored=True), 5),
     "batch, heads": (
         dict(batch=2, heads=8, kv_heads=4, retrieval_heads=2, top_k=4, scored=True, sink=True),
-        5,
+        3,
     ),
     "parts of a batch": (
         dict(batch=3, part=2, heads=4, retrieval_heads=2, scored=True, sink=True),
-        10,
+        6,
     ),
-    "packed": (dict(lengths=(40, 0, 3, 47, 9)), 6),
-    "packed, odd rows": (dict(lengths=(30, 30), retrieval_dim=37, head_dim=20, sink=True), 6),
-    "long rows": (dict(retrieval_dim=200, top_k=8, chunk_size=1), 5),
-    "other embeddings": (dict(embedding_dtype=torch.float32), 5),
-    "ties": (dict(letters=2, queries=150, context=300, chunk_size=2, top_k=5), 5),
-    "no chunk": (dict(queries=3, context=3, chunk_size=5), 5),
-    "no query": (dict(queries=0), 5),
+    "packed": (dict(lengths=(40, 0, 3, 47, 9)), 4),
+    "packed, odd rows": (dict(lengths=(30, 30), retrieval_dim=37, head_dim=20, sink=True), 4),
+    "packed, chunk": (
+        dict(lengths=(90, 0, 3, 70), chunk_size=8, top_k=4, head_dim=40, scored=True),
+        7,
+    ),
+    "splits": (dict(chunk_size=1, queries=20, context=1100, top_k=2, sms=4), 3),
+    "splits and passes": (dict(chunk_size=1, queries=10, context=1100, top_k=20, sms=4), 3),
+    "long rows": (dict(retrieval_dim=200, top_k=8, chunk_size=1), 3),
+    "other embeddings": (dict(embedding_dtype=torch.float32), 3),
+    "ties": (dict(letters=2, queries=150, context=300, chunk_size=2, top_k=5), 3),
+    "no chunk": (dict(queries=3, context=3, chunk_size=5), 2),
+    "no query": (dict(queries=0), 2),
     "no batch": (dict(batch=0), 0),
 }
 
@@ -232,11 +238,10 @@ def test_contexts_whose_chunks_have_no_unit_norm(plain, dtype, spoil):
 
 
 def covering() -> list[Fused]:
+    names = ("query", "chunk", "packed", "ties", "splits")
     return [
         Fused(dtype, **PROBLEMS[name][0])
-        for name, dtype in zip(
-            ("query", "chunk", "packed", "ties"), (*DTYPES, DTYPES[0]), strict=True
-        )
+        for name, dtype in zip(names, (*DTYPES, *DTYPES[:2]), strict=True)
     ]
 
 

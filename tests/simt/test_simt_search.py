@@ -241,27 +241,48 @@ def test_exact_path_for_all_rows(plain, dtype):
     search_case(x, x, 1, 300, name="k above what bags hold").check(plain, ANY)
 
 
+NO_SCAN = ("search_finish.cuh", "i < uncertain; ++i) scan_row", "i < 0 * uncertain; ++i) scan_row")
+
+
+@pytest.fixture(scope="module")
+def unscanned():
+    """Leaves uncertain rows as their candidates make them."""
+    return harness.mutant("plain", "search.cpp", *NO_SCAN)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("top_k", [1, 2, 8, 16, 40])
-def test_random_rows_are_certain(plain, dtype, top_k):
-    """Nothing is left for the exact kernel, which is not even launched here."""
+def test_random_rows_are_certain(unscanned, dtype, top_k):
     x = random(1, 300, 1, 128, dtype=dtype)
     for truncated in (False, True):
-        case = search_case(x[:, -40:], x, 1, top_k, exact_blocks=0)
-        case.check(plain, ANY, truncated_products=truncated)
+        case = search_case(x[:, -40:], x, 1, top_k)
+        case.check(unscanned, ANY, truncated_products=truncated)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_near_ties_are_not_certain(plain, dtype):
-    """Only the exact kernel knows who comes first, and it is asked."""
+def test_near_ties_are_not_certain(plain, unscanned, dtype):
+    """Only canonical scores of all chunks tell who comes first, and they are asked for."""
     query, chunks = nearly_tying(40, 200, 64, dtype)
     context = torch.empty(1, 200, 1, 64, dtype=dtype)
     for truncated in (False, True):
         case = search_case(query, context, 1, 2, chunks=chunks)
         case.check(plain, ANY, truncated_products=truncated)
-        case = search_case(query, context, 1, 2, chunks=chunks, exact_blocks=0)
         with pytest.raises(AssertionError, match="differ"):
-            case.check(plain, ANY, truncated_products=truncated)
+            case.check(unscanned, ANY, truncated_products=truncated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_uncertain_rows_of_many_chunks(plain, dtype):
+    """Chunks come 256 at a time, in orders that keep few, and that replace all that were kept."""
+    scale = torch.linspace(1, 2, 600).view(1, 600, 1, 1)
+    unit = torch.nn.functional.normalize(torch.randn(1, 1, 1, 16), dim=-1)
+    query = unit.expand(1, 3, 1, 16).to(dtype)
+    for top_k in (1, 16, 30, 230):
+        for chunks in (unit * scale, unit * scale.flip(1), unit * scale[:, torch.randperm(600)]):
+            chunks = chunks.to(dtype)
+            chunks[:, ::7, :, 2] = math.nan
+            context = torch.empty(1, 600, 1, 16, dtype=dtype)
+            search_case(query, context, 1, top_k, chunks=chunks).check(plain, ANY)
 
 
 @pytest.mark.parametrize("cu_seqlens", [[0, 90, 10, 60], [-7, 20, 2**31 - 1, 5], [61, 0, 61, 0]])
@@ -336,22 +357,27 @@ DROPPED = {
     "a stage has landed": ("search_tile.cuh", "ptx::cp_async_wait_group<kStages - 2>();", ""),
     "a stage is free": ("search_tile.cuh", "__syncthreads();  // the stage has landed", "//"),
     "queries are read": ("search_tile.cuh", "__syncthreads();  // the first chunks take", "//"),
-    "keys are written": ("search_refine.cuh", "__syncwarp();\n    // A query", "// A query"),
-    "maxima are read": (
-        "search_refine.cuh",
-        "__syncthreads();  // read before the next round",
-        "//",
-    ),
+    "stages make way": ("search.cuh", "__syncthreads();  // the stages are done with", "//"),
+    "splits are stored": ("search.cuh", "__syncthreads();  // the block's candidates", "//"),
+    "rows are stored": ("search.cuh", "__syncthreads();  // whoever finishes", "//"),
+    "keys are written": ("search_finish.cuh", "__syncwarp();  // keys are there", "//"),
+    "the list is complete": ("search_finish.cuh", "__syncthreads();  // the list is", "//"),
+    "ranked, then moved": ("search_finish.cuh", "__syncthreads();  // all are ranked", "//"),
+    "read, then replaced": ("search_finish.cuh", "__syncthreads();  // written before", "//"),
+    "maxima are read": ("search_exact.cuh", "__syncthreads();  // read before the next", "//"),
 }
 
 
 @pytest.mark.parametrize("header, old, new", DROPPED.values(), ids=DROPPED)
 def test_race_build_notices_a_dropped_line(header, old, new):
     sim = harness.mutant("race", "search.cpp", header, old, new)
-    x = all_equal(1, 200, 1, 40, dtype=torch.bfloat16)
-    case = search_case(x, x, 1, 3, name="mutant", exact_blocks=1)
+    x = all_equal(1, 190, 1, 40, dtype=torch.bfloat16)  # three steps: the last stage gives way too
+    plans = [{"splits": 2}] if "block's" in old else [{}]
+    if header == "search_exact.cuh":
+        plans = [{"candidates": 0, "exact_blocks": 1}]
     with pytest.raises(sim.Error, match=r"race: |nobody has written|in flight"):
-        case.check(sim, ANY)
+        for plan in plans:
+            search_case(x, x, 1, 3, name="mutant", **plan).check(sim, ANY)
 
 
 WRONG = {
@@ -360,32 +386,21 @@ WRONG = {
         "acc[n][i] >= bags[i / 2].worst",
         "acc[n][i] > bags[i / 2].worst",
     ),
-    "certain without proof": (
-        "search_refine.cuh",
-        "if (cutoff == kLowest) return found",
-        "return true; if (cutoff == kLowest) return found",
-    ),
     "a pass forgets the last": (
         "search.cuh",
-        "if (p.pass > 0) hide_kept",
-        "if (p.pass > 9) hide_kept",
+        "if (is_later_pass) hide_kept",
+        "if (false) hide_kept",
     ),
     "foreign columns": ("search.cuh", "if (!__all_sync(kAllLanes, sees_all))", "if (false)"),
 }
 
 
 @pytest.mark.parametrize("header, old, new", WRONG.values(), ids=WRONG)
-def test_these_cases_notice_a_wrong_line(header, old, new):
-    """Mistakes that no sanitizer sees: some case must come out different."""
-    sim = harness.mutant("plain", "search.cpp", header, old, new)
+def test_these_cases_notice_a_wrong_line(unscanned, header, old, new):
+    """Mistakes that no sanitizer sees, and that the scan of uncertain rows would hide."""
+    sim = harness.mutant("plain", "search.cpp", header, old, new, NO_SCAN)
     x, y = (data(1, 120, 1, 24, dtype=torch.bfloat16) for data in (all_equal, random))
-    query, chunks = nearly_tying(20, 120, 64, torch.bfloat16)
-    cases = [
-        search_case(x, x, 1, 2, name="ties", exact_blocks=0),
-        search_case(y, y, 1, 30, name="two passes", exact_blocks=0),
-        search_case(query, torch.empty_like(chunks), 1, 2, name="near ties", chunks=chunks),
-    ]
-    sound = harness.build("plain")
+    cases = [search_case(x, x, 1, 2, name="ties"), search_case(y, y, 1, 30, name="two passes")]
 
     def outcome(which, case):
         try:
@@ -394,4 +409,28 @@ def test_these_cases_notice_a_wrong_line(header, old, new):
             return "differs"
         return "equal"
 
-    assert any(outcome(sim, case) != outcome(sound, case) for case in cases)
+    assert any(outcome(sim, case) != outcome(unscanned, case) for case in cases)
+
+
+HIDDEN = {
+    "certain without proof": (
+        "if (bound == kLowest) return",
+        "return true; if (bound == kLowest) return",
+    ),
+    "NaN leaves no trace": ("storage.found[row] == storage.eligible[row];", "true;"),
+}
+
+
+@pytest.mark.parametrize("old, new", HIDDEN.values(), ids=HIDDEN)
+def test_rows_certain_by_mistake_come_out_wrong(old, new):
+    sim = harness.mutant("plain", "search.cpp", "search_finish.cuh", old, new)
+    query, chunks = nearly_tying(20, 120, 64, torch.bfloat16)
+    x = random(1, 40, 1, 16, dtype=torch.bfloat16)
+    bad = torch.ops.resona.pool_chunks(x, 1).index_fill(1, torch.arange(0, 38), math.nan)
+    cases = [
+        search_case(query, torch.empty_like(chunks), 1, 2, name="near ties", chunks=chunks),
+        search_case(x, x, 1, 4, name="NaN", chunks=bad, unit=1),
+    ]
+    with pytest.raises(AssertionError, match="differ"):
+        for case in cases:
+            case.check(sim, ANY)

@@ -28,9 +28,10 @@ CudaSearchPlan plan_of(const simt::Arguments& a, const RetrieveProblem& p) {
       field = static_cast<std::remove_reference_t<decltype(field)>>(a.integer(name));
   };
   over("splits", plan.splits), over("passes", plan.passes), over("bag", plan.bag_per_lane);
-  over("pinned", plan.pinned), over("candidates", plan.candidates);
+  over("candidates", plan.candidates);
   over("window_tiles", plan.window_tiles), over("exact_blocks", plan.exact_blocks);
   plan.norms = plan.norms && plan.candidates;
+  if (!plan.candidates && plan.exact_blocks == 0) plan.exact_blocks = 6;
   Workspace counting;
   take_chunk_begin(plan.sequences, counting);
   take_search(plan, p.shape, counting);
@@ -46,6 +47,7 @@ RetrieveProblem problem_of(const simt::Arguments& a) {
   s.retrieval_heads = a.integer("heads"), s.retrieval_dim = a.integer("dim");
   s.chunk_size = a.integer("chunk_size"), s.top_k = a.integer("top_k");
   p.query = rows_of(a, "query", dtype), p.chunks = rows_of(a, "chunk", dtype);
+  p.unit_chunks = a.integers.count("unit") != 0;
   p.packed = {a.optional_array<int32_t>("cu_seqlens"), a.integer("sequences")};
   return p;
 }
