@@ -461,7 +461,10 @@ def test_figures_of_the_paper():
     task = {"name": "mqar", "vocabulary": 8192, "length": 128, "pairs": 8}
     plain = cell(task=task, width=32, backbone="mamba2", branch={"kind": "none"})
     assert paper.figure(plain) == 0.974
-    assert paper.figure(replace(plain, branch=config.Branch("resona"))) == 1.0
+    theirs = {"chunk_size": 2, "top_k": 1}
+    assert paper.figure(replace(plain, branch=config.Branch("resona", options=theirs))) == 1.0
+    ours = {**theirs, "key_conv": 2}
+    assert paper.figure(replace(plain, branch=config.Branch("resona", options=ours))) is None
     assert paper.figure(replace(plain, branch=config.Branch("window"))) is None
     assert paper.figure(replace(plain, backbone="rwkv5", width=256)) == 0.986
     assert paper.figure(replace(plain, backbone="gla")) is None

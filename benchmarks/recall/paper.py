@@ -67,6 +67,12 @@ MAD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
+def _is_their_branch(cell: Cell) -> bool:
+    """In the first or third layer, one chunk of two tokens, and nothing of our own."""
+    branch = cell.branch
+    return branch.layer in (0, 2) and branch.options == {"chunk_size": 2, "top_k": 1}
+
+
 def figure(cell: Cell) -> float | None:
     """The paper's accuracy, 0 to 1, for a cell with Resona or without any branch; None if it has none."""
     has_resona = cell.branch.kind == "resona"
@@ -76,6 +82,8 @@ def figure(cell: Cell) -> float | None:
     if name == "mqar":
         row = MQAR.get(RWKV.get(cell.backbone, cell.backbone))
         length, is_theirs = task.get("length", 64), 16 * task.get("pairs", 4)
+        if has_resona and not _is_their_branch(cell):
+            return None
         if row is None or length != is_theirs or length not in LENGTHS or cell.width not in WIDTHS:
             return None
         plain = row[LENGTHS.index(length)][WIDTHS.index(cell.width)]

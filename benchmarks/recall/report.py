@@ -25,6 +25,7 @@ TITLES = {
     "perplexity": "perplexity",
 }
 SECOND = {"token": "exact", "macro": "exact", "exact": "token", "perplexity": "token"}
+MANY = 4  # more branches than these stand below each other
 TUNED = ("learning_rate", "weight_decay", "steps")
 KIND_NAMES = {"none": "plain", "resona": "+ Resona", "window": "+ window", "mlp": "+ MLP"}
 
@@ -77,6 +78,10 @@ class Runs:
         task = " ".join(f"{key} {value}" for key, value in settings.items())
         return f"{cell.backbone}|{task}|d {cell.width}, {cell.layers} layers"
 
+    @property
+    def name(self) -> str:
+        return f"{self.row.replace('|', ', ')}, {self.variant}"
+
 
 def group(rows: Sequence[dict]) -> list[Runs]:
     """Rows of a store -> Runs, in the order of their first appearance."""
@@ -106,6 +111,9 @@ def tables(groups: Sequence[Runs]) -> Iterator[str]:
         members = [g for g in groups if g.cell.task["name"] == task]
         metric = members[0].metric
         variants = list(dict.fromkeys(g.variant for g in members))
+        if len(variants) > MANY:
+            yield f"{task}: {TITLES[metric]}\n\n{_align(_one_per_line(members, metric))}"
+            continue
         has_paper = {v: any(paper.figure(g.cell) is not None for g in members if g.variant == v)
                      for v in variants}  # fmt: skip
         head = ["backbone", "task", "model"]
@@ -120,6 +128,14 @@ def tables(groups: Sequence[Runs]) -> Iterator[str]:
             lines.append(line)
         title = TITLES[metric]
         yield f"{task}: {title}\n\n{_align(lines)}"
+
+
+def _one_per_line(members: Sequence[Runs], metric: str) -> list[list[str]]:
+    lines = [["backbone", "task", "model", "branch", metric, "paper", SECOND[metric], "steps"]]
+    for runs in members:
+        texts = _cells([runs], runs.row, runs.variant, metric, True)
+        lines.append([*runs.row.split("|"), runs.variant, *texts])
+    return lines
 
 
 def _cells(
@@ -155,7 +171,7 @@ def knobs(groups: Sequence[Runs]) -> str | None:
         for result in runs.results[:1]:
             for setting, found in result.get("at", {}).items():
                 numbers = [f"{found['token']:.3f}", f"{found['exact']:.3f}"]
-                lines.append([runs.cell.label, setting, *numbers, str(found["test_seconds"])])
+                lines.append([runs.name, setting, *numbers, str(found["test_seconds"])])
     return _align(lines) if len(lines) > 1 else None
 
 
@@ -169,7 +185,7 @@ def differences(groups: Sequence[Runs]) -> list[str]:
         if short or (theirs is not None and ours < theirs - NOTABLE):
             wanted = f"{ENOUGH} wanted" if theirs is None else f"{theirs:.3f} in the paper"
             steps = max(result["steps"] for result in runs.results)
-            found.append(f"{runs.cell.label}: {ours:.3f} after {steps} steps, {wanted}")
+            found.append(f"{runs.name}: {ours:.3f} after {steps} steps, {wanted}")
     return found
 
 
@@ -201,7 +217,7 @@ def _print_notes(head: dict, groups: Sequence[Runs]) -> None:
         for runs in others:
             settings = asdict(runs.cell.training)
             how = ", ".join(f"{name} {settings[name]:g}" for name in TUNED)
-            print(f"- {runs.cell.label}: {runs.show(runs.metric)} with {how}")
+            print(f"- {runs.name}: {runs.show(runs.metric)} with {how}")
     short = differences(groups)
     if short:
         print(f"\nBelow the paper by more than {NOTABLE}, or below {ENOUGH} with Resona:")
