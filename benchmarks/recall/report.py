@@ -76,7 +76,7 @@ class Runs:
         cell = self.cell
         settings = {k: v for k, v in cell.task.items() if k not in ("name", "vocabulary")}
         task = " ".join(f"{key} {value}" for key, value in settings.items())
-        return f"{cell.backbone}|{task}|d {cell.width}, {cell.layers} layers"
+        return f"{cell.backbone}|{task or 'default'}|d {cell.width}, {cell.layers} layers"
 
     @property
     def name(self) -> str:
