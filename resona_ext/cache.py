@@ -158,9 +158,8 @@ class ChunkCache:
     def check(self) -> None:
         """Raise if a step inside a replayed graph found a sequence full; count again. Waits for the device.
 
-        Python does not run in a replay, so there the kernel leaves the cache alone and turns the length
-        n of the sequence into -n - 1, which later steps leave alone too. `reset` clears it. Nor does
-        Python count the tokens of a replay: call this before anything but replays and `reset`.
+        Python does not run in a replay. There the kernel leaves a full sequence alone and turns its length n
+        into -n - 1, until `reset`; and nobody counts tokens on the host, so call this before anything else.
         """
         lengths = self.lengths.tolist()
         self._longest = max((n if n >= 0 else -n - 1 for n in lengths), default=0)
