@@ -5,6 +5,7 @@
 namespace resona {
 namespace {
 
+constexpr int64_t kSlackBytes = 4 << 20;    // the counts, and what alignment takes
 constexpr int64_t kChunkBytes = 128 << 20;  // of a part: the stages want the rest
 
 int64_t chunk_bytes(const Shape& s, int64_t batch, const CudaFusedFacts& f) {
@@ -24,7 +25,11 @@ CudaFusedStages plan_stages(Shape s, int64_t batch, const CudaFusedFacts& f, int
   attend.rows.sequences = CudaFacts::kNotPacked;
   attend.reserved_bytes = reserved_bytes;
   stages.attend = plan_attend_cuda(s, attend, device);
-  stages.launches = launches_of(stages.pool) + launches_of(stages.search) + launches_of(stages.attend, s);
+  const CudaAttendPlan& a = stages.attend;
+  const bool is_whole = batch > 0 && a.range_batch == batch && a.range_queries == s.queries;
+  stages.counted = a.path == AttendPath::kChunk && is_whole && a.index.quick && stages.search.candidates;
+  stages.launches = launches_of(stages.pool) + launches_of(stages.search) + launches_of(stages.attend, s) -
+                    (stages.counted ? 1 : 0);
   return stages;
 }
 
@@ -39,13 +44,13 @@ void divide(CudaFusedPlan& plan, int64_t batch, const Shape& s, const CudaFusedF
                     ? "stages chained in one workspace, some batch entries at a time to bound their chunks"
                     : "stages chained in one workspace: chunks stay from pool to search";
   plan.chunk_bytes = chunk_bytes(s, std::min(batch, s.batch), f);
-  Workspace counting;
-  take_fused(plan, counting);
   const int64_t before_last = std::max<int64_t>(0, s.batch - 1) / batch;
-  plan.part = plan_stages(s, std::min(batch, s.batch), f, counting.bytes(), device);
-  plan.last = plan_stages(s, s.batch - before_last * batch, f, counting.bytes(), device);
+  plan.part = plan_stages(s, std::min(batch, s.batch), f, plan.chunk_bytes + kSlackBytes, device);
+  plan.last = plan_stages(s, s.batch - before_last * batch, f, plan.chunk_bytes + kSlackBytes, device);
   const int64_t packed = plan.sequences == CudaFacts::kNotPacked ? 0 : 1;
   plan.launches = s.batch == 0 ? 0 : packed + before_last * plan.part.launches + plan.last.launches;
+  Workspace counting;
+  take_fused(plan, counting);
   plan.workspace_bytes = counting.bytes() + std::max(scratch_of(plan.part), scratch_of(plan.last));
 }
 
@@ -64,6 +69,7 @@ FusedArrays take_fused(const CudaFusedPlan& plan, Workspace& workspace) {
   FusedArrays a;
   a.chunk_begin = take_chunk_begin(plan.sequences, workspace);
   a.chunks = workspace.take<unsigned char>(plan.chunk_bytes);
+  a.tile_counts = workspace.take<uint16_t>(std::max(plan.part.counts(), plan.last.counts()));
   return a;
 }
 

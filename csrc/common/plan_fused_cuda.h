@@ -19,7 +19,10 @@ struct CudaFusedStages {
   CudaPoolPlan pool;
   CudaSearchPlan search;
   CudaAttendPlan attend;
+  bool counted;  // the search counts what the index of attention would count in a launch of its own
   int64_t launches;
+
+  int64_t counts() const { return counted ? attend.index.query_tiles * attend.index.count_pitch : 0; }
 };
 
 struct CudaFusedPlan {
@@ -37,6 +40,7 @@ struct CudaFusedPlan {
 struct FusedArrays {
   int32_t* chunk_begin;   // of packed sequences, else null
   unsigned char* chunks;  // [batch, C, R, E]
+  uint16_t* tile_counts;  // [counts()] of a part
 };
 
 CudaFusedPlan plan_fused_cuda(const Shape&, const CudaFusedFacts&, const CudaDevice&);

@@ -96,6 +96,9 @@ struct RetrieveProblem {
   int32_t* indices;                        // [B, T, R, k]
   void* scores;                            // [B, T, R, k] float, or double for float64 embeddings
   bool unit_chunks = false;  // the chunks are pool_chunks' own: see kLargestUnitNorm in filter.h
+  // On CUDA, to be written if not null: what IndexProblem (cuda/build_index.cuh) calls so.
+  uint16_t* tile_counts = nullptr;
+  int64_t count_pitch = 0;
 };
 
 struct RetrieveBackwardProblem {
@@ -125,6 +128,7 @@ struct AttendProblem {
   bool distinct;           // no index occurs twice in a row, as `retrieve` promises
   MutableRows out;         // [B, T, H, D]
   void* lse;               // [B, T, H] float, or double for float64 queries
+  const uint16_t* tile_counts = nullptr;  // on CUDA, of the indices, as retrieve wrote them; null: unknown
 };
 
 // pool_chunks, retrieve and attend as one call. The chunks live no longer than the call: the backend finds

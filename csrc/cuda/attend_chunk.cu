@@ -85,6 +85,7 @@ struct ChunkAttention {
     index.indices = a.indices;
     index.packed = packed;
     index.rows_per_query = a.group(), index.tile_rows = plan.item_rows;
+    index.tile_counts = problem.tile_counts;
     index.queries_before = range.begin, index.queries_behind = s.queries - range.begin - range.count;
     const bool is_full = range.count == plan.range_queries && range.batch == plan.range_batch;
     return build_index(index, is_full ? plan.index : plan.last_index, workspace, stream);

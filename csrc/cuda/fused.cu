@@ -41,10 +41,14 @@ void retrieve_attend(const FusedProblem& problem, const CudaFusedPlan& plan, voi
   for (int64_t first = 0; first < s.batch; first += plan.batch) {
     const bool last = s.batch - first <= plan.batch;
     const CudaFusedStages& stages = last ? plan.last : plan.part;
-    const FusedProblem p = part_of(whole, first, last ? s.batch - first : plan.batch);
+    FusedProblem p = part_of(whole, first, last ? s.batch - first : plan.batch);
     Workspace scratch = workspace;
     const SearchArrays search = take_search(stages.search, p.pool.shape, scratch);
     pool_chunks(p.pool, stages.pool, packed, {search.tickets, stages.search.tickets()}, stream);
+    if (stages.counted) {
+      p.retrieve.tile_counts = arrays.tile_counts, p.retrieve.count_pitch = stages.attend.index.count_pitch;
+      p.attend.tile_counts = arrays.tile_counts;
+    }
     retrieve(p.retrieve, stages.search, packed, workspace, stream);
     attend(p.attend, stages.attend, packed, workspace, stream);
   }

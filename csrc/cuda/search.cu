@@ -14,7 +14,8 @@ namespace resona::cuda {
 namespace {
 
 static_assert(kSearchRows == kSearchTileRows && kSearchChunks == kSearchStepChunks &&
-                  kMostCandidates == kSearchMostCandidates && kMostKept == kSearchMostSlots,
+                  kMostCandidates == kSearchMostCandidates && kMostKept == kSearchMostSlots &&
+                  kSearchRows == kIndexTileQueries && kMostCounted >= kIndexMostKeys,
               "plans count with these");
 
 template <class T>
@@ -91,6 +92,7 @@ struct Search {
     p.norms = arrays.norms;
     p.error = sizeof(T) == 2 ? mma16_error(rows.dim) : tf32x3_error(rows.dim);
     p.results = results();
+    p.tile_counts = problem.tile_counts, p.count_pitch = static_cast<int>(problem.count_pitch);
     p.splits = static_cast<int>(plan.splits), p.passes = static_cast<int>(plan.passes);
     p.candidates = arrays.candidates, p.cutoffs = arrays.cutoffs, p.tickets = arrays.tickets;
     launch_next("search_kernel", rows.tiles * plan.splits, kSearchThreads, instance.kernel, p,

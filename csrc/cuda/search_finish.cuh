@@ -7,6 +7,7 @@
 //   the block works off that list, a row at a time
 //     a thread per chunk, 256 at a time: canonical score -> key
 //     keys above the k-th so far join the at most k that are kept, ranked the same way
+//   a histogram of the results, if the index of attention wants it
 //
 // Certain means: all eligible chunks were candidates, or the cutoff, which no other chunk's quick product
 // exceeds, lies below what common/filter.h allows to reach the k-th score.
@@ -26,12 +27,15 @@ constexpr int kMostCandidates = 256;            // of a row, all groups together
 constexpr int kWarpKeys = 2 * kMostCandidates;  // rows that a warp finishes at once: as many as fit
 constexpr int kMostKept = kSearchThreads;       // of k, where there are candidates at all
 
+constexpr int kMostCounted = 4096;  // chunk rows of a batch entry
+
 // Takes the place of the stages.
 template <int kCandidates>
 struct SearchStorage {
   union {
     uint64_t keys[kSearchWarps][kWarpKeys];
     uint64_t kept[kMostKept + kSearchThreads];  // of an uncertain row: the best, and those that join them
+    uint32_t counts[kMostCounted];              // of each chunk row: slots that name it
   };
   double norm[kSearchRows];
   uint64_t kth[kSearchRows];
@@ -182,6 +186,22 @@ struct SearchFinish {
     __syncthreads();  // written before the next row's keys replace them
   }
 
+  // How often the block's results name each chunk row, for the index of whoever attends to them.
+  __device__ __forceinline__ void count_chunks() const {
+    for (int i = threadIdx.x; i < p.count_pitch; i += kSearchThreads) storage.counts[i] = 0;
+    __syncthreads();  // results are written, counts cleared
+    const int top_k = static_cast<int>(p.results.top_k), slots = existing_rows() * top_k;
+    for (int i = threadIdx.x; i < slots; i += kSearchThreads) {
+      const int row = i / top_k;
+      const int index = p.results.indices[p.results.slots_of(p.rows, id, row) + i % top_k];
+      if (index >= 0) ptx::atom_add_relaxed_cta(&storage.counts[storage.begin[row] + index], 1);
+    }
+    __syncthreads();  // all are counted
+    uint16_t* to = p.tile_counts + (p.rows.first_tile + tile) * p.count_pitch;
+    for (int i = threadIdx.x; i < p.count_pitch; i += kSearchThreads)
+      to[i] = static_cast<uint16_t>(storage.counts[i]);
+  }
+
   // All threads; `storage` holds what the lanes of each row have left there. A call, so that what it needs
   // takes no register from the loop before: inlined, sm_120 spilled up to 40 bytes.
   __device__ __noinline__ void run() const {
@@ -200,6 +220,7 @@ struct SearchFinish {
     __syncthreads();  // the list is complete, and the keys make way
     const int uncertain = static_cast<int>(storage.uncertain_rows);
     for (int i = 0; i < uncertain; ++i) scan_row(static_cast<int>(storage.uncertain[i]));
+    if (p.tile_counts) count_chunks();
   }
 };
 

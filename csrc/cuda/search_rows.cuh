@@ -55,6 +55,8 @@ struct SearchParams {
   const float* norms;      // [B, R, ceil(C / 64)], null: unit chunks
   FilterError error;       // of the quick products
   SearchResults results;
+  uint16_t* tile_counts;  // [all tiles, count_pitch]: see IndexProblem; null: not wanted
+  int count_pitch;
 
   // Of several passes or splits, for the rows of the launch; else candidates never leave the block.
   int splits, passes;

@@ -161,8 +161,8 @@ PROBLEMS = {
     "query, one chunk": (dict(chunk_size=2, top_k=1, queries=200, context=200, head_dim=40), 3),
     "query_mma": (dict(chunk_size=4, top_k=9, head_dim=64, heads=4), 3),
     "dense": (dict(chunk_size=4, top_k=6, head_dim=40, queries=80, context=100), 3),
-    "chunk": (dict(chunk_size=8, top_k=4, head_dim=40, queries=150, context=150, scored=True), 6),
-    "chunk, final": (dict(chunk_size=20, top_k=1, queries=230, context=230, scored=True), 5),
+    "chunk": (dict(chunk_size=8, top_k=4, head_dim=40, queries=150, context=150, scored=True), 5),
+    "chunk, final": (dict(chunk_size=20, top_k=1, queries=230, context=230, scored=True), 4),
     "batch, heads": (
         dict(batch=2, heads=8, kv_heads=4, retrieval_heads=2, top_k=4, scored=True, sink=True),
         3,
@@ -175,7 +175,7 @@ PROBLEMS = {
     "packed, odd rows": (dict(lengths=(30, 30), retrieval_dim=37, head_dim=20, sink=True), 4),
     "packed, chunk": (
         dict(lengths=(90, 0, 3, 70), chunk_size=8, top_k=4, head_dim=40, scored=True),
-        7,
+        6,
     ),
     "splits": (dict(chunk_size=1, queries=20, context=1100, top_k=2, sms=4), 3),
     "splits and passes": (dict(chunk_size=1, queries=10, context=1100, top_k=20, sms=4), 3),
