@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -449,7 +450,7 @@ def test_watch_sees_each_compilation(tmp_path):
     source.write_text("x")
     program = "import time; block = bytearray(64 << 20); time.sleep(0.6)"
     (tmp_path / "build.ninja").write_text(
-        f"rule compile\n  command = {sys.executable} -c '{program}' $in && touch $out\n"
+        f"rule compile\n  command = {shlex.quote(sys.executable)} -c '{program}' $in && touch $out\n"
         f"build x.o: compile {source}\n"
     )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
