@@ -444,14 +444,16 @@ def test_a_library_that_does_not_need_torch_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_watch_sees_each_compilation(tmp_path):
-    (tmp_path / "csrc").mkdir()
+@pytest.mark.parametrize("folder", ["plain", "with a space"])
+def test_watch_sees_each_compilation(tmp_path, folder):
+    tmp_path = tmp_path / folder
+    (tmp_path / "csrc").mkdir(parents=True)
     source = tmp_path / "csrc" / "slow.cpp"
     source.write_text("x")
     program = "import time; block = bytearray(64 << 20); time.sleep(0.6)"
     (tmp_path / "build.ninja").write_text(
         f"rule compile\n  command = {shlex.quote(sys.executable)} -c '{program}' $in && touch $out\n"
-        f"build x.o: compile {source}\n"
+        f"build x.o: compile {str(source).replace(' ', '$ ')}\n"
     )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ninja = shutil.which("ninja", path=path)

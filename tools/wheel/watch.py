@@ -95,9 +95,10 @@ def _source_compiled_by(pid: int) -> str | None:
         by_ninja = Path(f"/proc/{parent}/comm").read_text().strip() == "ninja"
     except OSError:
         return None
-    words = [part for word in words for part in word.split()]
+    # The command of a shell is one word, in which paths with spaces are quoted.
+    words = [part.strip("'\"") for word in words for part in word.split()]
     sources = [word for word in words if word.endswith((".cpp", ".cu"))]
-    return sources[-1].rpartition("/csrc/")[2].strip('"') if by_ninja and sources else None
+    return sources[-1].rpartition("/csrc/")[2] if by_ninja and sources else None
 
 
 def _own_memory(pid: int) -> int:
