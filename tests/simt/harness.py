@@ -21,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -233,11 +234,13 @@ def library(build: str, changed: str = "", overlay: Path | None = None) -> Path:
 
     The runner `changed` is compiled with the headers of `overlay` in place of their originals.
     """
-    objects = [_object(source, ["-O2"]) for source in sorted(HERE.glob("runtime/*.cpp"))]
-    objects.append(_object(HERE / "module.cpp", _python_flags()))
+    jobs = [(source, ["-O2"]) for source in sorted(HERE.glob("runtime/*.cpp"))]
+    jobs.append((HERE / "module.cpp", _python_flags()))
     for source in _runners():
         first = [f"-I{overlay}"] if source.name == changed else []
-        objects.append(_object(source, [*first, *BUILDS[build]]))
+        jobs.append((source, [*first, *BUILDS[build]]))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: _object(*job), jobs))
     link = ["-shared", "-Wl,-Bsymbolic"]
     if build == "asan":
         link.append("-fsanitize=address,undefined")
