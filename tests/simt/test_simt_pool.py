@@ -229,7 +229,7 @@ def test_sanitizers():
 DROPPED = {
     "sums are written": ("pool.cuh", "__syncwarp();\n        if (pass == 0)", "if (pass == 0)"),
     "sums are read": ("pool.cuh", "__syncwarp();  // read before the next", "//"),
-    "primary": ("pool.cuh", "ptx::griddepcontrol_wait();\n  for", "for"),
+    "primary": ("pool.cuh", "ptx::griddepcontrol_wait();\n  if", "if"),
     "totals are written": ("scan.cuh", "__syncthreads();\n  BlockSums", "BlockSums"),
     "totals are read": ("scan.cuh", "__syncthreads();  // the totals are read", "//"),
 }
