@@ -5,6 +5,7 @@ Functions of the layer rather than methods, so that `layer.py` stays the reading
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,9 @@ from ._layer_parts import first_real_token, require, rms_norm, roll_rows, score_
 from .cache import ChunkCache
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .distributed import ShardedChunkCache
     from .layer import Resona
 
 
@@ -46,6 +50,42 @@ def make_cache(
     )
 
 
+def make_sharded_cache(
+    layer: Resona,
+    batch: int,
+    max_length: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    mesh: DeviceMesh,
+) -> ShardedChunkCache:
+    from .distributed import ShardedChunkCache
+
+    if dtype is None:
+        dtype = cache_dtype(layer, layer.k_proj.weight.device)
+    inclusive = layer.eligibility == "inclusive"
+    taps = max(layer.key_conv - 1, 0)
+    return ShardedChunkCache(
+        batch,
+        max_length + int(inclusive),
+        layer.num_kv_heads,
+        layer.head_dim,
+        layer.retrieval_heads,
+        layer.retrieval_dim,
+        layer.chunk_size,
+        dtype,
+        device,
+        mesh=mesh,
+        carry_rows=taps,
+        carry_dim=layer.d_model if taps else 0,
+    )
+
+
+def is_sharded(cache: object) -> bool:
+    """Whether a cache is a ShardedChunkCache, for which torch.distributed need not be there."""
+    module = sys.modules.get("resona_ext.distributed")
+    return module is not None and isinstance(cache, module.ShardedChunkCache)
+
+
 def cache_dtype(layer: Resona, device: torch.device) -> torch.dtype:
     """Of queries, keys and values as the layer computes them now: autocast's, or the weights'."""
     dtype = layer.k_proj.weight.dtype
@@ -54,7 +94,8 @@ def cache_dtype(layer: Resona, device: torch.device) -> torch.dtype:
 
 
 def check_cache(layer: Resona, cache: ChunkCache, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    require(isinstance(cache, ChunkCache), "cache", "a ChunkCache", type(cache).__name__)
+    is_cache = isinstance(cache, ChunkCache) or is_sharded(cache)
+    require(is_cache, "cache", "a ChunkCache", type(cache).__name__)
     require(cu_seqlens is None, "cache", "None with cu_seqlens", "both")
     expected = "None with a context encoder of your own, which it cannot run on parts of a chunk"
     require(layer.encoders.is_pooled, "cache", expected, "a cache")
@@ -73,6 +114,7 @@ def cached_branch(
     """c [B, T, d] for tokens that follow those in the cache, and the rows with nothing eligible."""
     if attention_mask is None:
         return _append(layer, x, e, cache, None)
+    require(not is_sharded(cache), "attention_mask", "None with a sharded cache", "a mask")
     padding = first_real_token(attention_mask)
     count = (attention_mask != 0).sum(dim=1)
     x, e = roll_rows(x, padding), roll_rows(e, padding)
@@ -101,7 +143,9 @@ def _append(
     score_scale, sink = score_scale_and_sink(layer, query.dtype)
     inclusive = layer.eligibility == "inclusive"
     settings = {"top_k": layer.top_k, "score_scale": score_scale, "sink": sink, "carry": carry}
-    if x.shape[1] == 1 and count is None and not inclusive:
+    if is_sharded(cache):
+        out, aux = cache.step(*arguments, **settings, inclusive=inclusive, return_aux=True)
+    elif x.shape[1] == 1 and count is None and not inclusive:
         out, aux = cache.step(*arguments, **settings, return_aux=True)
     else:
         settings |= {"lengths": count, "inclusive": inclusive}

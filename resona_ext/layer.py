@@ -7,11 +7,12 @@ Algorithms 1 to 3 of "Improving Context Copying in Linear Recurrence Models with
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ._layer_cache import cached_branch, check_cache, make_cache
+from ._layer_cache import cached_branch, check_cache, make_cache, make_sharded_cache
 from ._layer_parts import (
     DEFAULT_ALPHA,
     Encoders,
@@ -29,6 +30,11 @@ from ._layer_parts import (
 )
 from ._layer_search import check_indices, roll_indices, search_and_attend
 from .cache import ChunkCache
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .distributed import Layout, ShardedChunkCache
 
 MAX_HEAD_DIM = 256
 DEFAULT_RETRIEVAL_DIM = 128
@@ -239,12 +245,18 @@ class Resona(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         history: int | None = None,
-    ) -> ChunkCache:
+        mesh: DeviceMesh | None = None,
+    ) -> ChunkCache | ShardedChunkCache:
         """A cache for `forward`: `batch` sequences of at most max_length tokens each.
 
         dtype and device: default those of the weights, or autocast's dtype inside of it. history: as
-        in `ChunkCache`. A change of chunk_size needs another cache; top_k may change at any time.
+        in `ChunkCache`. mesh: the ranks that share the tokens; then a
+        `resona_ext.distributed.ShardedChunkCache`, which has no history. A change of chunk_size needs
+        another cache; top_k may change at any time.
         """
+        if mesh is not None:
+            require(history is None, "history", "None with a mesh", history)
+            return make_sharded_cache(self, batch, max_length, dtype, device, mesh)
         return make_cache(self, batch, max_length, dtype, device, history)
 
     def forward(
@@ -254,8 +266,10 @@ class Resona(nn.Module):
         mixer_output: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        cache: ChunkCache | None = None,
+        cache: ChunkCache | ShardedChunkCache | None = None,
         indices: Tensor | None = None,
+        mesh: DeviceMesh | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
         """Run the branch over whole sequences and mix it into the output of the layer's mixer.
 
@@ -270,6 +284,11 @@ class Resona(nn.Module):
                 a prompt in any pieces, then token by token. Without gradients.
             indices: int32 [B, T, R, k], the chunks that each token attends to, -1 unused, instead of
                 a search: from `PrecomputedRetrieval`. Any k. Rows at padding are ignored.
+            mesh: of one dimension, whose ranks share the sequence: T are the tokens of this rank, and
+                every rank calls. cu_seqlens are then the borders in the whole; a cache of
+                `make_cache(mesh=...)` is filled by one such call, and gets further tokens, the same on
+                every rank, without mesh. Not with attention_mask, indices or an encoder of your own.
+            layout: which rank holds what, as in `resona_ext.distributed.retrieve_attend`.
 
         Returns:
             [B, T, d]: mix(y, c) in the dtype of y, or c if mixer_output is None.
@@ -279,6 +298,15 @@ class Resona(nn.Module):
                 arguments or settings are given that exclude each other.
         """
         tensors = (hidden_states, embeddings, mixer_output)
+        if mesh is not None:
+            from .distributed.layer import sharded_branch
+
+            rest = (cu_seqlens, attention_mask, cache, indices)
+            retrieved, is_empty = sharded_branch(self, mesh, layout, *tensors, *rest)
+            if mixer_output is None:
+                return retrieved
+            return self._mix(hidden_states, mixer_output, retrieved, is_empty)
+        require(layout is None, "layout", "None without a mesh", "one")
         check_inputs(self.d_model, *tensors, cu_seqlens, attention_mask)
         if indices is not None:
             check_indices(self, indices, hidden_states, cu_seqlens, cache)

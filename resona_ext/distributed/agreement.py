@@ -6,11 +6,16 @@ until the process group's timeout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .collectives import all_gather
+from .layout import require
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What has to be the same everywhere, in the order of the row that is sent.
@@ -27,28 +32,36 @@ NAMES = (
     "dtype of embeddings",
     "score_scale",
     "sink",
+    "inclusive",
     "number of sequences",
     "length of the whole",
+    "layout and borders (checksum)",
     "requires_grad",  # of the five tensors, as bits
 )
 
 
-def agree(own: dict[str, int] | None, error: str, tokens: int, device, group) -> list[int]:
+def agree(
+    own: dict[str, int] | None,
+    error: str,
+    tokens: int,
+    mesh: DeviceMesh,
+    group: dist.ProcessGroup,
+    names: Sequence[str] = NAMES,
+) -> list[int]:
     """All ranks' numbers of tokens.
 
     Args:
-        own: by the names above, or None where this rank has found a mistake, which `error` describes.
+        own: by `names`, or None where this rank has found a mistake, which `error` describes.
         tokens: that this rank holds.
+        mesh: says on which kind of device the group talks: a rank whose tensors lie elsewhere has to
+            be able to say so.
 
     Raises:
         ValueError: on every rank, if one has a mistake or two differ.
     """
-    row = [0 if own is None else 1, tokens, *((own or {}).get(name, 0) for name in NAMES)]
-    mine = torch.tensor(row, dtype=torch.int64, device=device)
-    ranks = dist.get_world_size(group)
-    every = mine.new_empty(ranks, len(row))
-    dist.all_gather_into_tensor(every, mine.unsqueeze(0), group=group)
-    table = every.tolist()
+    row = [0 if own is None else 1, tokens, *((own or {}).get(name, 0) for name in names)]
+    mine = torch.tensor(row, dtype=torch.int64, device=mesh.device_type)
+    table = all_gather(mine, group).tolist()
     wrong = [rank for rank, other in enumerate(table) if not other[0]]
     if own is None:
         raise ValueError(error)
@@ -56,13 +69,38 @@ def agree(own: dict[str, int] | None, error: str, tokens: int, device, group) ->
         raise ValueError(
             f"resona_ext.distributed: expected arguments without a mistake on every rank, got one on {wrong}"
         )
-    for i, name in enumerate(NAMES, start=2):
+    for i, name in enumerate(names, start=2):
         values = [other[i] for other in table]
         if len(set(values)) > 1:
             raise ValueError(
                 f"resona_ext.distributed: {name}: expected one value on all ranks, got {_words(name, values)}"
             )
     return [other[1] for other in table]
+
+
+def checksum(numbers: object) -> int:
+    """Of plain numbers, nested as one likes: equal on two ranks if and (nearly) only if they are."""
+    return zlib.crc32(repr(numbers).encode())
+
+
+def number_of(t: Tensor, argument: str) -> int:
+    """Of a tensor's dtype, for `agree`."""
+    require(t.dtype in DTYPES, argument, f"a dtype of {[str(d) for d in DTYPES]}", t.dtype)
+    return DTYPES.index(t.dtype)
+
+
+def bits(flags: Iterable[bool]) -> int:
+    return sum(1 << i for i, flag in enumerate(flags) if flag)
+
+
+def check_device(t: Tensor, argument: str, mesh: DeviceMesh) -> None:
+    """Whether a tensor lies where this rank's group talks: collectives elsewhere would hang the others."""
+    kind = t.device.type
+    require(kind == mesh.device_type, argument, f"a tensor on {mesh.device_type}", kind)
+    if kind == "cuda":
+        current = torch.cuda.current_device()
+        expected = f"a tensor on cuda:{current}, the current device of this rank"
+        require(t.device.index == current, argument, expected, t.device)
 
 
 def _words(name: str, values: list[int]) -> list:
@@ -77,10 +115,13 @@ def facts(
     top_k: int,
     score_scale: Tensor | None,
     sink: Tensor | None,
+    inclusive: bool,
     sequences: Sequence[int],
+    pieces: object,
     gradients: int,
 ) -> dict[str, int]:
-    """What `agree` compares; `sequences` are the borders in the whole, empty where nothing was said."""
+    """What `agree` compares; `sequences` are the borders in the whole, empty where nothing was said;
+    `pieces` those of a layout, if given."""
     values = (
         query.shape[0],
         query.shape[2],
@@ -94,8 +135,10 @@ def facts(
         DTYPES.index(query_embedding.dtype),
         int(score_scale is not None),
         int(sink is not None),
+        int(inclusive),
         len(sequences),
         sequences[-1] if sequences else 0,
+        checksum((tuple(sequences), pieces)),
         gradients,
     )
     return dict(zip(NAMES, values, strict=True))

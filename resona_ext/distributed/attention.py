@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._checks import check_fused
 from ..functional import _with_heads, pool_chunks, retrieve
-from .agreement import agree, facts
+from .agreement import agree, bits, check_device, facts
+from .collectives import AllGather
 from .exchange import EXCHANGES, Selection, at_home, merge
 from .layout import Layout, Piece, require
 from .plan import ExchangePlan, Sizes, plan_exchange
@@ -28,6 +29,7 @@ class DistributedAux(NamedTuple):
     indices: Tensor  # int32 [B, T, R, k], chunks of the whole sequence
     scores: Tensor  # [B, T, R, k]
     plan: ExchangePlan
+    chunk_embedding: Tensor  # [B, chunks, R, E], unit vectors of all chunks of the whole
 
 
 def retrieve_attend(
@@ -46,6 +48,7 @@ def retrieve_attend(
     sink: Tensor | None = None,
     cu_seqlens: Sequence[int] | Tensor | None = None,
     scale: float | None = None,
+    inclusive: bool = False,
     exchange: str = "auto",
     deterministic: bool | None = None,
     return_aux: bool = False,
@@ -70,9 +73,10 @@ def retrieve_attend(
         cu_seqlens: the borders of packed sequences (B = 1) in the whole, known on the host. Not with
             a layout, which has its own.
         scale: factor of <query, key>; default D ** -0.5.
+        inclusive: a token also sees the chunk that it closes.
         exchange: "auto", "chunks" or "queries".
         deterministic: as in `resona_ext.retrieve_attend`.
-        return_aux: also return log-sum-exp, indices, scores and the plan.
+        return_aux: also return log-sum-exp, indices, scores, the plan and the chunk embeddings.
 
     Returns:
         out [B, T, H, D], or (out, DistributedAux).
@@ -91,17 +95,17 @@ def retrieve_attend(
         check_fused(OP, *tensors, chunk_size, top_k, score_scale, sink, None, scale)
         _check_placement(tensors, mesh, layout, borders, group, chunk_size, exchange)
         sequences = layout.borders if layout is not None else borders or ()
-        gradients = _gradients_wanted(tensors)
-        settings = (chunk_size, top_k, score_scale, sink, sequences, gradients)
-        own = facts(query, key, query_embedding, *settings)
+        settings = (chunk_size, top_k, score_scale, sink, inclusive, sequences)
+        pieces = None if layout is None else layout.pieces
+        own = facts(query, key, query_embedding, *settings, pieces, _gradients_wanted(tensors))
     except (ValueError, RuntimeError) as problem:
         error = str(problem)
-    lengths = agree(own, error, query.shape[1], query.device, group)
+    lengths = agree(own, error, query.shape[1], mesh, group)
     if layout is None:
         layout = Layout.of_lengths(lengths, chunk_size, borders)
 
     chunks = _gather_chunks(context_embedding, layout, rank, group)
-    found = _search(query_embedding, chunks, layout, rank, top_k)
+    found = _search(query_embedding, chunks, layout, rank, top_k, inclusive)
     chunk, indices, scores = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     bias = None
     if score_scale is not None:
@@ -112,12 +116,11 @@ def retrieve_attend(
     if sink is not None:
         out, lse = merge((out, lse), (torch.zeros_like(out), sink.expand_as(lse)))
     out = out.to(query.dtype)
-    return (out, DistributedAux(lse, indices, scores, plan)) if return_aux else out
+    return (out, DistributedAux(lse, indices, scores, plan, chunks)) if return_aux else out
 
 
 def _check_placement(tensors, mesh, layout, borders, group, chunk_size, exchange) -> None:
-    device = tensors[0].device.type
-    require(device == mesh.device_type, "query", f"a tensor on {mesh.device_type}", device)
+    check_device(tensors[0], "query", mesh)
     require(
         exchange in ("auto", *EXCHANGES), "exchange", f"auto or one of {[*EXCHANGES]}", exchange
     )
@@ -136,25 +139,7 @@ def _check_placement(tensors, mesh, layout, borders, group, chunk_size, exchange
 
 def _gradients_wanted(tensors) -> int:
     """Backward, too, is a conversation: either all ranks take part or none."""
-    wanted = [torch.is_grad_enabled() and t.requires_grad for t in tensors]
-    return sum(1 << i for i, flag in enumerate(wanted) if flag)
-
-
-class _Gather(torch.autograd.Function):
-    """[n, ...] of every rank -> [ranks, n, ...]; the gradient is the sum of what all ranks have for it."""
-
-    @staticmethod
-    def forward(ctx, own: Tensor, group) -> Tensor:
-        ctx.group = group
-        every = own.new_empty(dist.get_world_size(group), *own.shape)
-        dist.all_gather_into_tensor(every, own.contiguous().unsqueeze(0), group=group)
-        return every
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        total = gradient.float() if gradient.element_size() < 4 else gradient.clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total[dist.get_rank(ctx.group)].to(gradient.dtype), None
+    return bits(torch.is_grad_enabled() and t.requires_grad for t in tensors)
 
 
 def _runs(layout: Layout, piece: Piece) -> list[tuple[int, int]]:
@@ -193,7 +178,7 @@ def _gather_chunks(context_embedding: Tensor, layout: Layout, rank: int, group) 
     ]
     most = max(counts)
     own = torch.nn.functional.pad(own, (0, 0, 0, 0, 0, most - own.shape[1]))
-    every = _Gather.apply(own, group).movedim(0, 1).flatten(1, 2)  # [B, ranks * most, R, E]
+    every = AllGather.apply(own, group).movedim(0, 1).flatten(1, 2)  # [B, ranks * most, R, E]
     position = torch.empty(layout.chunks, dtype=torch.long)
     for r, own_pieces in enumerate(layout.pieces):
         at = r * most
@@ -203,15 +188,25 @@ def _gather_chunks(context_embedding: Tensor, layout: Layout, rank: int, group) 
     return every.index_select(1, position.to(every.device))
 
 
-def _search(query_embedding: Tensor, chunks: Tensor, layout: Layout, rank: int, top_k: int):
+def _search(
+    query_embedding: Tensor,
+    chunks: Tensor,
+    layout: Layout,
+    rank: int,
+    top_k: int,
+    inclusive: bool,
+):
     """Per run of rows: chunk rows int64, indices, scores. A sequence that began on another rank is
     searched by itself, for its queries stand at the end of its context; those that begin here together.
+    Inclusive, each by itself: a context of one token more moves every query on by one.
     """
     size, before = layout.chunk_size, 0
     for piece in layout.pieces[rank]:
         runs = _runs(layout, piece)
         begun = bool(runs) and layout.borders[layout.sequence_of(piece.start)] < piece.start
         parts = [runs[:1], runs[1:]] if begun else [[], runs]
+        if inclusive:
+            parts = [[run] for run in runs]
         for i, part in enumerate(parts):
             if not part:
                 continue
@@ -220,8 +215,11 @@ def _search(query_embedding: Tensor, chunks: Tensor, layout: Layout, rank: int, 
             sequence = layout.sequence_of(piece.start + first)
             offset = layout.chunk_begin[sequence]
             if i == 0 or len(part) == 1:
-                length = piece.start + last - layout.borders[sequence]
-                own = chunks[:, offset : offset + length // size]
+                length = piece.start + last - layout.borders[sequence] + int(inclusive)
+                own = chunks[:, offset : min(offset + length // size, chunks.shape[1])]
+                # The dummy token may close a chunk, behind all queries.
+                missing = length // size - own.shape[1]
+                own = torch.nn.functional.pad(own, (0, 0, 0, 0, 0, missing))
                 found = retrieve(query, own, chunk_size=size, top_k=top_k, context_length=length)
                 chunk_begin = torch.full((last - first,), offset, device=query.device)
             else:

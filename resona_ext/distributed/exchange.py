@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 from ..functional import attend
+from .collectives import send, send_counts, send_with_gradient
 from .layout import Layout
 
 
@@ -107,24 +107,6 @@ def own_chunks(s: Selection) -> tuple[Tensor, Tensor]:
     return rows, position
 
 
-def _send_counts(counts: Tensor, group) -> list[int]:
-    """What each rank is going to send here. Waits for the device."""
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts, group=group)
-    return received.tolist()
-
-
-def _send(x: Tensor, here: list[int], there: list[int], group) -> Tensor:
-    """Without gradients: `there[r]` rows of x go to rank r, `here[r]` come from it."""
-    received = x.new_empty(sum(here), *x.shape[1:])
-    dist.all_to_all_single(received, x.contiguous(), here, there, group=group)
-    return received
-
-
-def _send_with_gradient(x: Tensor, here: list[int], there: list[int], group) -> Tensor:
-    return collectives.all_to_all_single_autograd(x.contiguous(), here, there, group)
-
-
 class ChunkExchange:
     """Keys and values of foreign chunks come here."""
 
@@ -154,9 +136,9 @@ class ChunkExchange:
 
     def start(self) -> None:
         s, size = self.s, self.s.layout.chunk_size
-        from_here = _send_counts(self.there, s.group)
+        from_here = send_counts(self.there, s.group)
         to_here = self.there.tolist()
-        asked = _send(self.wanted, from_here, to_here, s.group)
+        asked = send(self.wanted, from_here, to_here, s.group)
         entry, head, chunk = self._parts(asked)
         tokens = s.chunks_at(s.row_of[chunk], size) if s.layout.chunks else chunk[:, None]
         pair = [
@@ -164,7 +146,7 @@ class ChunkExchange:
             for x in (s.key, s.value)
         ]
         # [n, 2, S, Hkv / R, D]
-        self.received = _send_with_gradient(torch.stack(pair, dim=1), to_here, from_here, s.group)
+        self.received = send_with_gradient(torch.stack(pair, dim=1), to_here, from_here, s.group)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         s, size = self.s, self.s.layout.chunk_size
@@ -209,24 +191,24 @@ class QueryExchange:
 
     def start(self) -> None:
         s = self.s
-        self.from_here = _send_counts(self.there, s.group)
+        self.from_here = send_counts(self.there, s.group)
         self.to_here = self.there.tolist()
         sizes = (self.from_here, self.to_here, s.group)
         queries = s.query.shape[1]
-        query = _send_with_gradient(s.query.flatten(0, 1)[self.row], *sizes)
+        query = send_with_gradient(s.query.flatten(0, 1)[self.row], *sizes)
         bias = None
         if s.bias is not None:
             own = s.bias.flatten(0, 1)
             own = torch.where(own.isfinite(), own, 0.0)  # of unused slots
-            bias = _send_with_gradient(own[self.row], *sizes)
+            bias = send_with_gradient(own[self.row], *sizes)
         is_there = s.owner.flatten(0, 1)[self.row] == self.to[:, None, None]
         chunk = torch.where(is_there, s.chunk.flatten(0, 1)[self.row], -1)
-        chunk = _send(chunk, *sizes)
-        entry = _send(self.row // max(1, queries), *sizes)
+        chunk = send(chunk, *sizes)
+        entry = send(self.row // max(1, queries), *sizes)
         out, lse = self._serve(query, chunk, entry, bias)
         back = (self.to_here, self.from_here, s.group)
-        self.out = _send_with_gradient(out, *back)
-        self.lse = _send_with_gradient(lse, *back)
+        self.out = send_with_gradient(out, *back)
+        self.lse = send_with_gradient(lse, *back)
 
     def _serve(self, query: Tensor, chunk: Tensor, entry: Tensor, bias: Tensor | None):
         """Attention of foreign queries to own chunks; batch entries stand one after another."""

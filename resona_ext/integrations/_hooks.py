@@ -131,6 +131,7 @@ class Insertion:
             attention_mask=here(of_pass.attention_mask),
             indices=here(of_pass.indices),
             cache=None if of_pass.cache is None else of_pass.cache.caches[self.name],
+            mesh=self.passes.mesh,
         )
 
     def check_placement(self, embeddings: Tensor) -> None:

@@ -28,6 +28,7 @@ class Passes:
         self.owner, self.max_length = owner, max_length
         self.insertions: list[Insertion] = []
         self.explicit: ModelCache | None = None  # of Augmentation.use_cache
+        self.mesh = None  # of Augmentation.mesh
         self._is_open = False
         self._current: Pass | None = None
         self._attach_to: object | None = None
@@ -152,6 +153,8 @@ class Passes:
             return "a context encoder of your own, which sees whole chunks: pass use_cache=False"
         if of_pass.cu_seqlens is not None:
             return "packed sequences (cu_seqlens): pass use_cache=False"
+        if self.mesh is not None:
+            return "a mesh, whose ranks hold parts of the sequence: pass use_cache=False"
         return None
 
     def _prepare(self, of_pass: Pass) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -19,6 +20,9 @@ from .mamba_ssm import MambaSsm
 from .named import CHILD, NamedLayers
 from .transformers import TransformersMamba
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 FAMILIES: list[Family] = [TransformersMamba(), Fla(), MambaSsm()]
 ATTRIBUTE = "_resona_augmentation"  # of an augmented model
 
@@ -29,6 +33,7 @@ def augment(
     *,
     embedding: str | nn.Module | None = None,
     max_length: int | None = None,
+    mesh: DeviceMesh | None = None,
     **resona_kwargs,
 ) -> Augmentation:
     """Insert a `Resona` beside the mixer of chosen layers. The model is changed in place.
@@ -46,6 +51,9 @@ def augment(
         embedding: for named layers: the token embedding or its name. Default: what the model's
             `get_input_embeddings()` says, or its only nn.Embedding.
         max_length: most tokens that a cache will hold per sequence. None: it grows as needed.
+        mesh: of one dimension, whose ranks share each sequence, consecutive tokens in the order of the
+            ranks. Retrieval goes over the ranks; that the model's own mixers do is the model's task
+            (`resona_ext.distributed.on_whole_sequence` helps). No caches.
         resona_kwargs: of `Resona`. Defaults that differ from its own: num_heads such that heads are
             as wide as possible up to 64, mix="additive", zero_init_output=True with it, encoder
             "identity", or "tied" with trainable_retrieval=True; dtype and device of the model.
@@ -62,7 +70,7 @@ def augment(
         getattr(model, ATTRIBUTE, None) is None, "model", "one not yet augmented", "one that is"
     )
     layout, sites = _find(model, layers, embedding)
-    return Augmentation(model, layout, sites, max_length, resona_kwargs)
+    return Augmentation(model, layout, sites, max_length, resona_kwargs, mesh)
 
 
 def _find(
@@ -122,6 +130,7 @@ class Augmentation:
         layers: {name of the layer: its Resona}.
         settings: keyword arguments of every `Resona`.
         max_length: of the caches; may be changed.
+        mesh: whose ranks share each sequence, or None; may be changed.
     """
 
     def __init__(
@@ -131,11 +140,13 @@ class Augmentation:
         sites: list[Site],
         max_length: int | None,
         resona_kwargs: dict,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         require(max_length is None or max_length >= 1, "max_length", "None or positive", max_length)
         self.model, self.layout = model, layout
         self.settings = settings_with_defaults(layout.width, resona_kwargs)
         self._passes = Passes(model, layout, uuid.uuid4().hex, max_length)
+        self.mesh = mesh
         self._frozen: list[nn.Parameter] = []
 
         new = [self._new_resona(site) for site in sites]
@@ -169,6 +180,16 @@ class Augmentation:
     @max_length.setter
     def max_length(self, max_length: int | None) -> None:
         self._passes.max_length = max_length
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        return self._passes.mesh
+
+    @mesh.setter
+    def mesh(self, mesh: DeviceMesh | None) -> None:
+        is_line = mesh is None or mesh.ndim == 1
+        require(is_line, "mesh", 'one of one dimension, as mesh["context"]', mesh)
+        self._passes.mesh = mesh
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of the new layers, the frozen ones too."""

@@ -237,14 +237,14 @@ def count_bytes(rank: int, ranks: int) -> dict[str, tuple[int, int]]:
     from resona_ext.distributed import exchange
 
     mesh, totals, sent = init_device_mesh("cpu", (ranks,)), {}, []
-    send = exchange._send_with_gradient
+    send = exchange.send_with_gradient
 
     def counting(x, here, there, group):
         assert x.shape[0] == sum(there)
         sent.append(x.numel() * x.element_size())
         return send(x, here, there, group)
 
-    exchange._send_with_gradient = counting
+    exchange.send_with_gradient = counting
     for name in ("chunks", "queries"):
         sent.clear()
         arguments = _arguments(rank, ranks, exchange=name)
@@ -255,7 +255,7 @@ def count_bytes(rank: int, ranks: int) -> dict[str, tuple[int, int]]:
             getattr(aux.plan, f"{name[:-1].replace('querie', 'query')}_bytes"),
             int(moved),
         )
-    exchange._send_with_gradient = send
+    exchange.send_with_gradient = send
     return totals
 
 
