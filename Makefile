@@ -7,6 +7,9 @@ BIN := .venv/bin
 # Of `make wheel` and `make cuda-toolkit`. 13.0, the oldest 13: every driver that runs CUDA 13 can translate the PTX
 # it writes.
 CUDA ?= 13.0
+# Processes that run the tests, and not one for each core: most tests use several threads, which sleep where they
+# wait (OMP_WAIT_POLICY) and leave the core to the other process.
+WORKERS ?= 2
 SETTINGS := $(PYTHON) $(RESONA_USE_CUDA) $(RESONA_PYBIND) $(CMAKE_ARGS) $(TORCH_CUDA_ARCH_LIST) \
   $(CUDACXX) $(CUDA_HOME) $(shell command -v nvcc 2>/dev/null) $(wildcard build/cuda-toolkit/*/.ready)
 CPP := find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.inc'
@@ -23,8 +26,9 @@ build: resona_ext/libresona.so  ## compile the operators and install the package
 demo: build  ## train, search a document, time the operator, save demo.png
 	$(BIN)/python -m resona_ext demo
 
-test: build  ## run all tests
-	$(BIN)/python -m pytest
+test: build  ## run all tests; WORKERS=1 for one after the other
+	$(BIN)/python tests/simt/harness.py
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 bench: build  ## time the operator against its peers; ARGS="--help" lists the options
 	$(BIN)/python -m benchmarks.kernels $(ARGS)

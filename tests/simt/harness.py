@@ -300,6 +300,8 @@ def asan_environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or BUILDS:
+    if missing():
+        sys.exit(print(missing()))
+    for name in sys.argv[1:] or [name for name in BUILDS if name != "asan" or has_sanitizers()]:
         begin = time.perf_counter()
         print(f"{name}: {library(name).relative_to(ROOT)} {time.perf_counter() - begin:.1f} s")
