@@ -7,7 +7,7 @@ decode                 one new token: decode_step appends it to a cache and atte
                        operator with T = 1, which pools the context anew for every token.
 layer-forward, -train, -decode   a Mamba-2 block with and without Resona
 
-The index and the merge of partial results are inside attend and cannot be timed apart from here.
+The index and the merge of partial results have no operator of their own: parts.py takes calls apart.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import ceilings, data, model
+from . import ceilings, data, model, parts
 from .baselines import Baseline, Checkouts
 from .data import Case
 from .operators import OPERATORS, OURS, Contender
@@ -110,6 +110,9 @@ class Runner:
         for name, timing in timings.items():
             rows[name] |= self._times(case, ready[name], timing, timings.get(OURS))
             self.history[self._key(case, name)] = (case.shape.length, timing.median)
+        if OURS in timings:
+            found = parts.measure(ready[OURS].call, self.plan.device)
+            rows[OURS] |= {f"part_{part}_ms": 1e3 * seconds for part, seconds in found.items()}
         ours = (row for name, row in rows.items() if name not in self.plan.baselines)
         self.failures += sum(row["status"] in ("wrong", "error") for row in ours)
         if "indices" in vars(case):

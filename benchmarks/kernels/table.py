@@ -17,6 +17,8 @@ def lines(rows: list[dict], width: int = 110) -> list[str]:
     """The rows of one case: times first, then what was left out and why."""
     timed = [row for row in rows if row["status"] == "ok"]
     text = [HEAD, *map(_line, timed)] if timed else []
+    for row in timed:
+        text += _wrap(_parts(row), width)
     for row in rows:
         if row["status"] in ("wrong", "error", "oom"):
             text += _wrap(f"  {row['contender']:<13}{row['status']}: {row['reason']}", width)
@@ -43,6 +45,15 @@ def _line(row: dict) -> str:
         f"{_number(row.get('flops_per_s'), 1e9):>10}{_number(row.get('bytes_per_s'), 1e9):>8}"
         f"{_percent(row.get('percent_of_floor')):>7}{_number(row.get('peak_mib'), 1):>9}"
     )
+
+
+def _parts(row: dict) -> str:
+    """Shares of the time inside the kernels, the largest first; nothing for who does not tell."""
+    parts = {key[5:-3]: ms for key, ms in row.items() if key.startswith("part_")}
+    ordered = sorted(parts.items(), key=lambda item: -item[1])
+    total = sum(parts.values())
+    shares = ", ".join(f"{name} {_percent(100 * ms / total)}" for name, ms in ordered)
+    return f"  {row['contender']} spends: {shares}" if parts else ""
 
 
 def duration(milliseconds: float) -> str:

@@ -15,6 +15,7 @@
 
 #include "cpu/attend_tiles.h"
 #include "cpu/attend_vector.h"
+#include "cpu/stage_clock.h"
 #include "cpu/stages.h"
 
 namespace resona::cpu {
@@ -36,7 +37,10 @@ void attend_chunk(const AttendProblem& p, const AttendPlan& plan, const Task& ta
   const int64_t chunk_size = p.shape.chunk_size;
   for (int64_t first = 0; first < chunk_size; first += plan.key_tile) {
     const int64_t count = std::min(plan.key_tile, chunk_size - first);
-    s.attention.load_keys(task, task.sequence->token_begin + run.chunk * chunk_size + first, count);
+    {
+      const StageScope pack(Stage::kPack);
+      s.attention.load_keys(task, task.sequence->token_begin + run.chunk * chunk_size + first, count);
+    }
     s.attention.attend(task, lists, run, count, s.running);
   }
 }
@@ -63,6 +67,7 @@ template <class Attention>
 void attend_task(const AttendProblem& p, const AttendPlan& plan, const Task& task, Scratch<Attention>& s) {
   using A = typename Attention::Accumulator;
   const int64_t group = p.shape.heads / p.shape.kv_heads, rows = (task.end - task.begin) * group;
+  const StageScope attention(Stage::kAttention);
   s.running.reset(rows);
   const ChunkLists lists =
       selection_lists<A>(p, *task.sequence, retrieval_head_of(p.shape, task.head), task.begin, task.end);
@@ -71,6 +76,7 @@ void attend_task(const AttendProblem& p, const AttendPlan& plan, const Task& tas
     if (i + 1 < lists.runs.size()) s.attention.expect(task, lists.runs[i + 1].chunk);
     attend_chunk(p, plan, task, lists, lists.runs[i], s);
   }
+  const StageScope merge(Stage::kMerge);
   for (int64_t row = 0; row < rows; ++row)
     finish_row(p, s.attention, task.sequence->batch, task.begin + row / group,
                task.head * group + row % group, s.running.peak[row], s.running.total[row],

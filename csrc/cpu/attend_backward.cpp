@@ -15,6 +15,7 @@
 
 #include "cpu/attend_backward_tiles.h"
 #include "cpu/attend_tile.h"
+#include "cpu/stage_clock.h"
 #include "cpu/stages.h"
 
 namespace resona::cpu {
@@ -168,6 +169,7 @@ void compute_delta(const AttendBackwardProblem& p, A* delta, const Executor& exe
   for_each_task(
       executor, static_cast<int64_t>(tasks.size()), [&] { return Buffer<A>(2 * s.head_dim); },
       [&](Buffer<A>& row, int64_t i) {
+        const StageScope gradients(Stage::kGradients);
         const Task& task = tasks[i];
         const int64_t batch = task.sequence->batch;
         for (int64_t query = task.begin; query < task.end; ++query) {
@@ -280,7 +282,10 @@ void query_pass(const Pass<A>& pass, const Executor& executor) {
   for_each_task(
       executor, static_cast<int64_t>(tasks.size()),
       [&] { return Scratch<A>(shape, pass.plan, rows, pass.p.bias_gradient != nullptr); },
-      [&](Scratch<A>& s, int64_t i) { query_pass_task(pass, tasks[i], s); });
+      [&](Scratch<A>& s, int64_t i) {
+        const StageScope gradients(Stage::kGradients);
+        query_pass_task(pass, tasks[i], s);
+      });
 }
 
 template <class A>
@@ -343,6 +348,7 @@ void chunk_pass_slab(const Pass<A>& pass, std::vector<SequenceLists>& slab, cons
   for_each_task(
       executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<A>(shape, pass.plan, 0, false); },
       [&](Scratch<A>& s, int64_t i) {
+        const StageScope gradients(Stage::kGradients);
         const RunTask& task = tasks[i];
         for (int64_t run = task.begin; run < task.end; ++run)
           chunk_pass_run(pass, *task.owner->sequence, task.kv_head, task.owner->lists,

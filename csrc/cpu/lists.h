@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/stage_clock.h"
+
 namespace resona::cpu {
 
 struct Entry {
@@ -56,6 +58,7 @@ inline void sort_by_comparison(const std::vector<int32_t>& chunk_of, const std::
 // `index_of(row, slot)` gives the chunk, or a negative number for a slot that does not count.
 template <class IndexOf>
 ChunkLists build_lists(int64_t rows, int64_t slots, int64_t chunks, const IndexOf& index_of) {
+  const StageScope index(Stage::kIndex);
   std::vector<int32_t> chunk_of;
   std::vector<Entry> unsorted;
   for (int64_t row = 0; row < rows; ++row)

@@ -4,6 +4,7 @@
 #include "common/canonical.h"
 #include "cpu/buffer.h"
 #include "cpu/kernels.h"
+#include "cpu/stage_clock.h"
 #include "cpu/stages.h"
 #include "cpu/tasks.h"
 
@@ -44,6 +45,7 @@ void pool(const PoolProblem& p, const PoolPlan& plan, const Executor& executor) 
   for_each_task(
       executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<A>(dim); },
       [&](Scratch<A>& s, int64_t i) {
+        const StageScope scope(Stage::kPool);
         const Task& task = tasks[i];
         const Sequence& sequence = *task.sequence;
         for (int64_t chunk = task.begin; chunk < task.end; ++chunk) {
@@ -63,6 +65,7 @@ void pool_backward(const PoolBackwardProblem& p, const PoolPlan& plan, const Exe
   for_each_task(
       executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<A>(dim); },
       [&](Scratch<A>& s, int64_t i) {
+        const StageScope scope(Stage::kGradients);
         const Task& task = tasks[i];
         const Sequence& sequence = *task.sequence;
         const Kernels<A>& kernel = kernels<A>();

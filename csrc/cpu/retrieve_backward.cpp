@@ -8,6 +8,7 @@
 #include "cpu/buffer.h"
 #include "cpu/kernels.h"
 #include "cpu/lists.h"
+#include "cpu/stage_clock.h"
 #include "cpu/stages.h"
 #include "cpu/tasks.h"
 
@@ -76,6 +77,7 @@ void run(const RetrieveBackwardProblem& p, const SearchPlan& plan, const Executo
   const auto make_scratch = [&] { return Scratch<A>(shape.retrieval_dim); };
   const auto rows = make_tasks(*p.sequences, shape.retrieval_heads, plan.query_block, query_extent);
   for_each_task(executor, static_cast<int64_t>(rows.size()), make_scratch, [&](Scratch<A>& s, int64_t i) {
+    const StageScope gradients(Stage::kGradients);
     for (int64_t query = rows[i].begin; query < rows[i].end; ++query) query_row(p, rows[i], query, s);
   });
 
@@ -89,6 +91,7 @@ void run(const RetrieveBackwardProblem& p, const SearchPlan& plan, const Executo
       const int64_t runs = static_cast<int64_t>(lists.runs.size());
       const int64_t tasks = (runs + plan.chunk_block - 1) / plan.chunk_block;
       for_each_task(executor, tasks, make_scratch, [&](Scratch<A>& s, int64_t i) {
+        const StageScope gradients(Stage::kGradients);
         const int64_t end = std::min((i + 1) * plan.chunk_block, runs);
         for (int64_t r = i * plan.chunk_block; r < end; ++r)
           chunk_row(p, sequence, head, lists, lists.runs[r], s);

@@ -20,6 +20,7 @@
 #include "common/filter.h"
 #include "cpu/buffer.h"
 #include "cpu/kernels.h"
+#include "cpu/stage_clock.h"
 #include "cpu/stages.h"
 #include "cpu/tasks.h"
 
@@ -258,6 +259,7 @@ void search_block(const RetrieveProblem& p, const SearchPlan& plan, const Task& 
     for (; row < rows; ++row)
       scan_row(p, task, row, first, std::min(count, s.queries[row].eligible - first), width, s);
   }
+  const StageScope rescore(Stage::kRescore);
   for (int64_t row = 0; row < rows; ++row) refine(p, task, row, s.capacity + 1, s);
 }
 
@@ -283,6 +285,7 @@ void search(const RetrieveProblem& p, const SearchPlan& plan, const Executor& ex
       executor, static_cast<int64_t>(tasks.size()),
       [&] { return Scratch<A>(plan, p.shape.retrieval_dim, slots); },
       [&](Scratch<A>& s, int64_t i) {
+        const StageScope search(Stage::kSearch);
         search_block(p, plan, tasks[i], s);
         write_block(p, tasks[i], s);
       });

@@ -5,6 +5,7 @@
 #include "common/build_info.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
+#include "cpu/stage_clock.h"
 #include "ops/ops.h"
 
 namespace {
@@ -92,6 +93,8 @@ STABLE_TORCH_LIBRARY(resona, m) {
       "-> (Tensor query_gradient, Tensor key_gradient, Tensor value_gradient, Tensor bias_gradient, "
       "Tensor sink_gradient)");
   m.def("_build_info() -> str");
+  // JSON: seconds by stage on the CPU since the last call; for benchmarks
+  m.def("_cpu_stage_times(bool go_on) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resona, CPU, m) { implement(m); }
@@ -101,4 +104,5 @@ STABLE_TORCH_LIBRARY_IMPL(resona, CUDA, m) { implement(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(resona, CompositeExplicitAutograd, m) {
   m.impl("_build_info", TORCH_BOX(&build_info));
+  m.impl("_cpu_stage_times", TORCH_BOX(&resona::cpu::read_stage_clock));
 }
