@@ -11,9 +11,10 @@ from layer_cases import (
 )
 from processes import run
 
+ONE_TWO_FOUR = [(ranks, check) for ranks in (1, 2, 4) for check in (check_layers, check_caches)]
 
-@pytest.mark.parametrize("check", [check_layers, check_caches, check_beams])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+
+@pytest.mark.parametrize("ranks, check", [*ONE_TWO_FOUR, (2, check_beams)])
 def test_ranks_agree_with_one_process(ranks, check, tmp_path):
     for result in run(ranks, check, folder=tmp_path):
         assert result == ("returned", {}), result
