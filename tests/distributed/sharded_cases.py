@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,6 +28,12 @@ class Case:
     score_scale: bool = False
     sink: bool = False
     cu_seqlens: tuple[int, ...] | None = None
+    device: str = "cpu"
+
+    def on(self, device: str) -> Case:
+        """CUDA has no float64."""
+        narrow = device == "cuda" and self.dtype == torch.float64
+        return replace(self, device=device, dtype=torch.float32 if narrow else self.dtype)
 
 
 def _table():
@@ -70,7 +76,7 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
     c, generator = case, torch.Generator().manual_seed(5)
 
     def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(c.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(c.device, c.dtype)
 
     tensors = {
         "query": draw(c.batch, c.length, c.heads, 8),
@@ -103,9 +109,8 @@ def check(case: Case, rank: int, ranks: int, mesh) -> None:
     whole = inputs(case)
     shared = {"chunk_size": case.chunk_size, "top_k": case.top_k, "return_aux": True}
     layout = layout_of(case, ranks)
-    weight = torch.randn(whole["query"].shape, generator=torch.Generator().manual_seed(7)).to(
-        case.dtype
-    )
+    weight = torch.randn(whole["query"].shape, generator=torch.Generator().manual_seed(7))
+    weight = weight.to(case.device, case.dtype)
 
     def leaves(tensors):
         return {n: None if t is None else t.clone().requires_grad_() for n, t in tensors.items()}
@@ -113,7 +118,7 @@ def check(case: Case, rank: int, ranks: int, mesh) -> None:
     one = leaves(whole)
     borders = None
     if case.cu_seqlens is not None:
-        borders = torch.tensor(case.cu_seqlens, dtype=torch.int32)
+        borders = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=case.device)
     out, aux = resona_ext.retrieve_attend(**one, cu_seqlens=borders, **shared)
     _loss(out, aux.scores, weight, case).backward()
 
@@ -143,12 +148,12 @@ def check(case: Case, rank: int, ranks: int, mesh) -> None:
             torch.testing.assert_close(mine[name].grad, one[name].grad, **close)
 
 
-def check_all(rank: int, ranks: int) -> dict[str, str]:
+def check_all(rank: int, ranks: int, device: str = "cpu") -> dict[str, str]:
     """The cases that failed, and how."""
-    mesh, failures = init_device_mesh("cpu", (ranks,)), {}
+    mesh, failures = init_device_mesh(device, (ranks,)), {}
     for case in TABLE:
         try:
-            check(case, rank, ranks, mesh)
+            check(case.on(device), rank, ranks, mesh)
         except Exception as error:
             failures[case.name] = f"{type(error).__name__}: {error}"
             if not isinstance(error, AssertionError):
