@@ -12,6 +12,7 @@ from .functional import (
 from .integrations import Augmentation, augment, load_resona, save_resona
 from .layer import Resona
 from .precomputed import PrecomputedRetrieval
+from .recall import SearchRecall, search_recall
 from .version import __version__
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Resona",
     "RetrieveAttendAux",
     "RetrieveResult",
+    "SearchRecall",
     "__version__",
     "attend",
     "augment",
@@ -29,4 +31,5 @@ __all__ = [
     "retrieve",
     "retrieve_attend",
     "save_resona",
+    "search_recall",
 ]

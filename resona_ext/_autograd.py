@@ -33,6 +33,10 @@ def _setup_retrieve(ctx, inputs, output):
     ctx.save_for_backward(indices, query, chunks, cu_seqlens)
 
 
+def _setup_retrieve_two_level(ctx, inputs, keyword_only_inputs, output):
+    _setup_retrieve(ctx, inputs, output)
+
+
 def _backward_retrieve(ctx, _, score_gradient):
     indices, query, chunks, cu_seqlens = ctx.saved_tensors
     grads = ops._retrieve_backward(
@@ -199,6 +203,7 @@ def register() -> torch.library.Library:
     for name, setup, backward in (
         ("pool_chunks", _setup_pool_chunks, _backward_pool_chunks),
         ("retrieve", _setup_retrieve, _backward_retrieve),
+        ("retrieve_two_level", _setup_retrieve_two_level, _backward_retrieve),
         ("attend", _setup_attend, _backward_attend),
         ("fused_retrieve_attend", _setup_fused, _backward_fused),
         ("prefix_linear_attention", _prefix.setup_context, _prefix.backward),

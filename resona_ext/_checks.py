@@ -213,6 +213,12 @@ def check_retrieve(
     return s
 
 
+def check_two_level(op: str, superchunk_size: int | None, probes: int | None) -> None:
+    for argument, value in (("superchunk_size", superchunk_size), ("probes", probes)):
+        if value is not None:
+            Checker(op).at_least_one(argument, value)
+
+
 def check_attend(
     op: str,
     query: Tensor,

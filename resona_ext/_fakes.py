@@ -12,6 +12,7 @@ from ._checks import (
     check_fused,
     check_pool_chunks,
     check_retrieve,
+    check_two_level,
 )
 
 
@@ -30,6 +31,25 @@ def _retrieve(query_embedding, chunk_embedding, chunk_size, top_k, context_lengt
     s = check_retrieve(
         "retrieve", query_embedding, chunk_embedding, chunk_size, top_k, context_length, cu_seqlens
     )
+    shape = (s.batch, s.queries, s.retrieval_heads, top_k)
+    indices = query_embedding.new_empty(shape, dtype=torch.int32)
+    return indices, query_embedding.new_empty(shape, dtype=accumulation_dtype(query_embedding))
+
+
+def _retrieve_two_level(
+    query_embedding,
+    chunk_embedding,
+    chunk_size,
+    top_k,
+    context_length,
+    cu_seqlens=None,
+    *,
+    superchunk_size=None,
+    probes=None,
+):
+    op, search = "retrieve_two_level", (chunk_size, top_k, context_length, cu_seqlens)
+    s = check_retrieve(op, query_embedding, chunk_embedding, *search)
+    check_two_level(op, superchunk_size, probes)
     shape = (s.batch, s.queries, s.retrieval_heads, top_k)
     indices = query_embedding.new_empty(shape, dtype=torch.int32)
     return indices, query_embedding.new_empty(shape, dtype=accumulation_dtype(query_embedding))
@@ -194,6 +214,7 @@ def register() -> None:
         _pool_chunks,
         _pool_chunks_backward,
         _retrieve,
+        _retrieve_two_level,
         _retrieve_backward,
         _attend,
         _attend_backward,

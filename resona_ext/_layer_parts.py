@@ -16,6 +16,7 @@ NORM_EPS = 1e-6
 ENCODERS = ("tied", "identity", "separate")
 QUERY_ENCODERS = ("hidden", "query")
 ELIGIBILITY = ("strict", "inclusive")
+SEARCH = ("exact", "two_level")
 DEFAULT_ALPHA = {"gate": None, "fixed": 0.5, "additive": 1.0}  # by mix
 
 
@@ -30,6 +31,12 @@ def check_switches(layer: nn.Module) -> None:
     require(layer.top_k >= 1, "top_k", "at least 1", layer.top_k)
     got = repr(layer.eligibility)
     require(layer.eligibility in ELIGIBILITY, "eligibility", f"one of {ELIGIBILITY}", got)
+    require(layer.search in SEARCH, "search", f"one of {SEARCH}", repr(layer.search))
+    for argument in ("superchunk_size", "probes"):
+        size = getattr(layer, argument)
+        if layer.search == "exact":
+            require(size is None, argument, 'None with search="exact"', size)
+        require(size is None or size >= 1, argument, "None or at least 1", size)
     require(layer.key_conv >= 0, "key_conv", "at least 0", layer.key_conv)
     if layer.rope_base is not None:
         require(layer.rope_base > 0, "rope_base", "None or positive", layer.rope_base)

@@ -39,6 +39,7 @@ def search_and_attend(
         out = attend(query, key, value, indices, sink=sink, **settings)
         return out, (indices < 0).flatten(2).all(dim=-1)
 
+    search = {name: getattr(layer, name) for name in ("search", "superchunk_size", "probes")}
     context = rms_norm(e) if layer.normalize_embeddings else e
     if layer.encoders.is_pooled:
         out, aux = retrieve_attend(
@@ -51,15 +52,15 @@ def search_and_attend(
             score_scale=score_scale,
             sink=sink,
             return_aux=True,
+            **search,
             **settings,
         )
         return out, aux.indices[:, :, 0, 0] < 0
 
     chunk = layer.encoders.chunk_embedding(context, layer.chunk_size, cu_seqlens)
     chunk = chunk.to(query_embedding.dtype)
-    indices, scores = retrieve(
-        query_embedding, chunk, top_k=layer.top_k, context_length=e.shape[1], **settings
-    )
+    where = {"top_k": layer.top_k, "context_length": e.shape[1]}
+    indices, scores = retrieve(query_embedding, chunk, **where, **search, **settings)
     bias = None
     if score_scale is not None:
         # Unused slots hold -inf, and score_scale * -inf would put NaN into its gradient.

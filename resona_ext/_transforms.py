@@ -19,6 +19,7 @@ ops = torch.ops.resona
 ROWS = {
     "pool_chunks": (0,),
     "retrieve": (0, 1),
+    "retrieve_two_level": (0, 1),
     "attend": (0, 1, 2, 3, 5),
     "fused_retrieve_attend": (0, 1, 2, 3, 4),
     "prefix_linear_attention": (0, 1, 2, 3, 4, 5, 6, 8, 9),
@@ -29,6 +30,7 @@ CAST = {**ROWS, "attend": (0, 1, 2), "prefix_linear_attention": (0, 1, 2, 3, 4)}
 PACKED = {
     "pool_chunks": 2,
     "retrieve": 5,
+    "retrieve_two_level": 5,
     "attend": 7,
     "fused_retrieve_attend": 9,
     "prefix_linear_attention": 7,
@@ -36,6 +38,7 @@ PACKED = {
 OUTPUTS = {
     "pool_chunks": 1,
     "retrieve": 2,
+    "retrieve_two_level": 2,
     "attend": 2,
     "fused_retrieve_attend": 4,
     "prefix_linear_attention": 3,
@@ -129,6 +132,18 @@ def _register_flops() -> None:
     @register_flop_formula(ops.retrieve)
     def retrieve(query_shape, chunk_shape, chunk_size, top_k, context_length, *args, **kwargs):
         return _search_flops(query_shape, context_length, chunk_size)
+
+    # As if every query probed as many superchunks as it may; the one still open counts as half full.
+    @register_flop_formula(ops.retrieve_two_level)
+    def retrieve_two_level(
+        query_shape, chunk_shape, chunk_size, top_k, context_length, *_, **sizes
+    ):
+        sizes = {name: sizes.get(name) for name in ("superchunk_size", "probes")}
+        size, probes = ops._plan_two_level(context_length, chunk_size, top_k, **sizes)
+        batch, queries, heads, dim = query_shape
+        refined = 2 * batch * queries * heads * dim * min(probes * size + size // 2, chunk_shape[1])
+        pooled = pool_chunks(chunk_shape, size)
+        return pooled + _search_flops(query_shape, context_length, size * chunk_size) + refined
 
     # Attention is counted as if all k slots were filled: the shapes say no more.
     @register_flop_formula(ops.attend)

@@ -41,6 +41,19 @@ def _deterministic(flag: bool | None) -> bool:
     return torch.are_deterministic_algorithms_enabled() if flag is None else flag
 
 
+def _sizes_of(op: str, search: str, superchunk_size: int | None, probes: int | None) -> dict | None:
+    """Keyword arguments of the two-level search, None for the exact one."""
+    if search not in ("exact", "two_level"):
+        raise ValueError(f'{op}: search: expected "exact" or "two_level", got {search!r}')
+    sizes = {"superchunk_size": superchunk_size, "probes": probes}
+    if search == "two_level":
+        return sizes
+    for argument, value in sizes.items():
+        if value is not None:
+            raise ValueError(f'{op}: {argument}: expected None with search="exact", got {value}')
+    return None
+
+
 def pool_chunks(
     context_embedding: Tensor, chunk_size: int, cu_seqlens: Tensor | None = None
 ) -> Tensor:
@@ -68,6 +81,9 @@ def retrieve(
     top_k: int,
     context_length: int,
     cu_seqlens: Tensor | None = None,
+    search: str = "exact",
+    superchunk_size: int | None = None,
+    probes: int | None = None,
 ) -> RetrieveResult:
     """Find the k past chunks that are most similar to each query.
 
@@ -81,20 +97,32 @@ def retrieve(
         top_k: chunks per query, k >= 1; may exceed the number of chunks.
         context_length: L, which places the last query at position L - 1.
         cu_seqlens: int32 [n + 1], borders of packed sequences (B = 1, T = L).
+        search: "exact", or "two_level" for long contexts: only the chunks of the `probes` best
+            superchunks of each query are searched, and those of the one that its past ends in. The
+            scores are the same; see docs/two-level.md and `search_recall` for what may be missed.
+        superchunk_size: of "two_level", chunks per superchunk. Default by L, S and k, about
+            sqrt(chunks / probes).
+        probes: of "two_level", superchunks per query. Default max(16, 2 k). A query with no more whole
+            superchunks in its past is searched exactly.
 
     Returns:
         indices int32 and scores, both [B, T, R, k]. Gradients flow to both embeddings through scores.
+
+    Raises:
+        ValueError: search is neither, or a size is given to the exact search.
     """
-    return RetrieveResult(
-        *resona.retrieve(
-            _with_heads(query_embedding),
-            _with_heads(chunk_embedding),
-            chunk_size,
-            top_k,
-            context_length,
-            cu_seqlens,
-        )
+    arguments = (
+        _with_heads(query_embedding),
+        _with_heads(chunk_embedding),
+        chunk_size,
+        top_k,
+        context_length,
+        cu_seqlens,
     )
+    sizes = _sizes_of("retrieve", search, superchunk_size, probes)
+    if sizes is None:
+        return RetrieveResult(*resona.retrieve(*arguments))
+    return RetrieveResult(*resona.retrieve_two_level(*arguments, **sizes))
 
 
 def attend(
@@ -159,6 +187,9 @@ def retrieve_attend(
     scale: float | None = None,
     deterministic: bool | None = None,
     return_aux: bool = False,
+    search: str = "exact",
+    superchunk_size: int | None = None,
+    probes: int | None = None,
 ) -> Tensor | tuple[Tensor, RetrieveAttendAux]:
     """Pool chunks, find the k best past ones for each query, attend to their tokens.
 
@@ -176,6 +207,7 @@ def retrieve_attend(
         scale: factor of <query, key>; default D ** -0.5.
         deterministic: bitwise reproducible backward; default torch.are_deterministic_algorithms_enabled().
         return_aux: also return log-sum-exp, indices and scores.
+        search, superchunk_size, probes: as in `retrieve`. "two_level" runs as several operators.
 
     Returns:
         out [B, T, H, D] in the dtype of query, or (out, RetrieveAttendAux).
@@ -183,18 +215,21 @@ def retrieve_attend(
     Source: Algorithms 2 and 3 of "Improving Context Copying in Linear Recurrence Models with
     Retrieval" (arXiv 2503.22913).
     """
-    out, *aux = resona.fused_retrieve_attend(
-        query,
-        key,
-        value,
-        _with_heads(query_embedding),
-        _with_heads(context_embedding),
-        chunk_size,
-        top_k,
-        score_scale,
-        sink,
-        cu_seqlens,
-        scale=scale,
-        deterministic=_deterministic(deterministic),
-    )
+    embeddings = _with_heads(query_embedding), _with_heads(context_embedding)
+    settings = {"scale": scale, "deterministic": _deterministic(deterministic)}
+    sizes = _sizes_of("retrieve_attend", search, superchunk_size, probes)
+    if sizes is None:
+        arguments = (*embeddings, chunk_size, top_k, score_scale, sink, cu_seqlens)
+        out, *aux = resona.fused_retrieve_attend(query, key, value, *arguments, **settings)
+    else:
+        chunks = resona.pool_chunks(embeddings[1], chunk_size, cu_seqlens)
+        where = (chunk_size, top_k, key.shape[1], cu_seqlens)
+        indices, scores = resona.retrieve_two_level(embeddings[0], chunks, *where, **sizes)
+        bias = None
+        if score_scale is not None:
+            # Unused slots hold -inf, and score_scale * -inf would put NaN into its gradient.
+            bias = score_scale.unsqueeze(-1) * scores.masked_fill(indices < 0, 0.0)
+        attention = (indices, chunk_size, bias, sink, cu_seqlens)
+        out, lse = resona.attend(query, key, value, *attention, **settings)
+        aux = (lse, indices, scores)
     return (out, RetrieveAttendAux(*aux)) if return_aux else out

@@ -85,6 +85,8 @@ class Resona(nn.Module):
             itself (before rotation): E = H * D // R, and "tied" then maps e by W_q.
         eligibility: "strict" searches chunks whose last token lies before the query (the paper);
             "inclusive" also the chunk that the query itself closes.
+        search, superchunk_size, probes: as in `resona_ext.retrieve`: "two_level" trades recall for time
+            in long contexts. Attributes, turned at any time. A cache and a mesh search exactly.
         trainable_retrieval: False is the paper's hard mask: no gradient reaches the encoders, so
             they are frozen (`requires_grad=False`, those of a given module too). True adds
             score_scale [R], from 10, by which scores weigh their chunks, and sink [H], from 0, by
@@ -135,6 +137,9 @@ class Resona(nn.Module):
         rope_base: float | None = None,
         key_conv: int = 0,
         mlp_dim: int | None = None,
+        search: str = "exact",
+        superchunk_size: int | None = None,
+        probes: int | None = None,
         mix: str = "gate",
         alpha: float | None = None,
         gate_bias: float = 0.0,
@@ -154,6 +159,7 @@ class Resona(nn.Module):
         self.retrieval_dim = self._checked_retrieval_dim(retrieval_dim, query_encoder)
         self.eligibility = eligibility
         self.trainable_retrieval = trainable_retrieval
+        self.search, self.superchunk_size, self.probes = search, superchunk_size, probes
         self.normalize_embeddings = normalize_embeddings
         self.normalize_key_value = normalize_key_value
         self.rope_base = rope_base

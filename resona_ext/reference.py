@@ -105,23 +105,84 @@ def retrieve(
     below every number. Slots without a chunk hold index -1 and score -inf.
     """
     if cu_seqlens is not None:
-        parts = [retrieve(query_embedding[:, :0], chunk_embedding[:, :0], chunk_size, top_k, 0)]
-        chunk_begin = 0
-        for begin, end in _sequences(cu_seqlens):
-            chunks = (end - begin) // chunk_size
-            own = chunk_embedding[:, chunk_begin : chunk_begin + chunks]
-            query = query_embedding[:, begin:end]
-            parts.append(retrieve(query, own, chunk_size, top_k, end - begin))
-            chunk_begin += chunks
-        indices, scores = zip(*parts, strict=True)
-        return torch.cat(indices, dim=1), torch.cat(scores, dim=1)
-    rows = query_embedding.shape[1]
-    chunks = context_length // chunk_size
+        return _each_sequence(
+            lambda query, chunk, length: retrieve(query, chunk, chunk_size, top_k, length),
+            query_embedding,
+            chunk_embedding,
+            chunk_size,
+            cu_seqlens,
+        )
     score = similarity(query_embedding, chunk_embedding)
-    position = torch.arange(rows, device=score.device) + (context_length - rows)
-    chunk_end = (torch.arange(chunks, device=score.device) + 1) * chunk_size
-    eligible = chunk_end <= position.unsqueeze(1)
+    past = _eligible_chunks(query_embedding, chunk_size, context_length)
+    chunk = torch.arange(context_length // chunk_size, device=score.device)
+    return _best(score, chunk < past.unsqueeze(1), top_k)
 
+
+def retrieve_two_level(
+    query_embedding: Tensor,
+    chunk_embedding: Tensor,
+    chunk_size: int,
+    top_k: int,
+    context_length: int,
+    cu_seqlens: Tensor | None = None,
+    *,
+    superchunk_size: int,
+    probes: int,
+) -> tuple[Tensor, Tensor]:
+    """`retrieve` among the chunks of the best superchunks of each query.
+
+    Superchunk u is chunks [uP, (u+1)P), P = superchunk_size; chunks are to superchunks what tokens
+    are to chunks, so `pool_chunks` makes the centroids and `retrieve` finds the `probes` best ones
+    wholly in the past. Their chunks are searched, and those of the superchunk in which the past ends.
+    """
+    if cu_seqlens is not None:
+        sizes = {"superchunk_size": superchunk_size, "probes": probes}
+        return _each_sequence(
+            lambda query, chunk, length: retrieve_two_level(
+                query, chunk, chunk_size, top_k, length, **sizes
+            ),
+            query_embedding,
+            chunk_embedding,
+            chunk_size,
+            cu_seqlens,
+        )
+    centroid = pool_chunks(chunk_embedding.detach(), superchunk_size)
+    tokens = superchunk_size * chunk_size
+    probed, _ = retrieve(query_embedding.detach(), centroid, tokens, probes, context_length)
+    probed = probed.transpose(1, 2).unsqueeze(-1)  # [B, R, T, probes, 1]
+
+    past = _eligible_chunks(query_embedding, chunk_size, context_length).unsqueeze(1)
+    chunk = torch.arange(context_length // chunk_size, device=past.device)
+    superchunk = chunk // superchunk_size
+    searched = (superchunk == probed).any(dim=3) | (superchunk == past // superchunk_size)
+    score = similarity(query_embedding, chunk_embedding)
+    return _best(score, searched & (chunk < past), top_k)
+
+
+def _each_sequence(
+    search, query_embedding: Tensor, chunk_embedding: Tensor, chunk_size: int, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """search(query, chunk, context_length) of every packed sequence, one after another."""
+    parts = [search(query_embedding[:, :0], chunk_embedding[:, :0], 0)]
+    chunk_begin = 0
+    for begin, end in _sequences(cu_seqlens):
+        chunks = (end - begin) // chunk_size
+        own = chunk_embedding[:, chunk_begin : chunk_begin + chunks]
+        parts.append(search(query_embedding[:, begin:end], own, end - begin))
+        chunk_begin += chunks
+    indices, scores = zip(*parts, strict=True)
+    return torch.cat(indices, dim=1), torch.cat(scores, dim=1)
+
+
+def _eligible_chunks(query_embedding: Tensor, chunk_size: int, context_length: int) -> Tensor:
+    """How many chunks lie wholly before each row, [T]."""
+    rows = query_embedding.shape[1]
+    position = torch.arange(rows, device=query_embedding.device) + (context_length - rows)
+    return position // chunk_size
+
+
+def _best(score: Tensor, eligible: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Indices and scores [B, T, R, k] of the best eligible of [B, R, T, C]."""
     # A stable sort by score, then one by kind (number, NaN, not eligible), keeps indices ascending.
     is_nan = score.detach().isnan()
     comparable = torch.where(is_nan, -torch.inf, score.detach())

@@ -1,4 +1,4 @@
-"""The examples of docs/add-resona.md run as they stand, one after another."""
+"""The examples of docs/add-resona.md and docs/two-level.md run as they stand, one after another."""
 
 import re
 from pathlib import Path
@@ -25,3 +25,9 @@ def test_add_resona(tmp_path, monkeypatch, threads, capsys):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", (DOCS / "add-resona.md").read_text()):
         assert (DOCS / target).exists(), target
+
+
+def test_two_level(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "two-level.md").read_text(), re.S)
+    exec(compile(example, "two-level.md", "exec"), {})
+    assert "SearchRecall(recall=" in capsys.readouterr().out

@@ -36,6 +36,10 @@ def retrieve(**changes):
     return ops.retrieve, {**arguments, **changes}
 
 
+def retrieve_two_level(**changes):
+    return ops.retrieve_two_level, {**retrieve()[1], **changes}
+
+
 def pool_chunks(**changes):
     return ops.pool_chunks, {
         "context_embedding": torch.randn(2, 61, 2, 12),
@@ -146,6 +150,9 @@ SHAPES_AND_TYPES = [
     (pool_chunks, dict(chunk_size=0), "chunk_size", "at least 1", "0"),
     (fused, dict(top_k=0), "top_k", "at least 1", "0"),
     (retrieve, dict(top_k=-1), "top_k", "at least 1", "-1"),
+    (retrieve_two_level, dict(top_k=-1), "top_k", "at least 1", "-1"),
+    (retrieve_two_level, dict(superchunk_size=0), "superchunk_size", "at least 1", "0"),
+    (retrieve_two_level, dict(probes=-2), "probes", "at least 1", "-2"),
     # dtypes
     (fused, dict(key=zeros(2, 61, 2, 16, dtype=F16)), "key", "dtype float32 like query", "float16"),
     (fused, dict(value=zeros(2, 61, 2, 16, dtype=F64)), "value", "dtype float32 like query", "float64"),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/plan.h"
+#include "common/plan_two_level.h"
 #include "common/problem.h"
 #include "cpu/executor.h"
 
@@ -11,6 +12,7 @@ void pool_chunks(const PoolProblem&, const PoolPlan&, const Executor&);
 void pool_chunks_backward(const PoolBackwardProblem&, const PoolPlan&, const Executor&);
 
 void retrieve(const RetrieveProblem&, const SearchPlan&, const Executor&);
+void retrieve_two_level(const TwoLevelProblem&, const Device&, const Executor&);
 void retrieve_backward(const RetrieveBackwardProblem&, const SearchPlan&, const Executor&);
 
 void attend(const AttendProblem&, const AttendPlan&, const Executor&);

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "common/decode_problem.h"
+#include "common/plan_two_level.h"
 #include "common/prefix_problem.h"
 #include "common/problem.h"
 #include "ops/tensor.h"
@@ -22,6 +23,7 @@ class Backend {
   virtual void pool_chunks(const PoolProblem&) const = 0;
   virtual void pool_chunks_backward(const PoolBackwardProblem&) const = 0;
   virtual void retrieve(const RetrieveProblem&) const = 0;
+  virtual void retrieve_two_level(const TwoLevelProblem&) const = 0;
   virtual void retrieve_backward(const RetrieveBackwardProblem&) const = 0;
   virtual void attend(const AttendProblem&) const = 0;
   virtual void retrieve_attend(const FusedProblem&) const = 0;

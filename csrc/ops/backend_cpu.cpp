@@ -21,6 +21,9 @@ class CpuBackend final : public Backend {
   void retrieve(const RetrieveProblem& p) const override {
     cpu::retrieve(p, plan_search(p.shape, p.query.dtype, device_), executor_);
   }
+  void retrieve_two_level(const TwoLevelProblem& p) const override {
+    cpu::retrieve_two_level(p, device_, executor_);
+  }
   void retrieve_backward(const RetrieveBackwardProblem& p) const override {
     cpu::retrieve_backward(p, plan_search(p.shape, p.query.dtype, device_), executor_);
   }

@@ -34,6 +34,7 @@ class CudaBackend final : public Backend {
     const CudaSearchFacts facts{p.query.dtype, p.unit_chunks, cuda_facts(false, p.packed).sequences};
     run(&cuda::retrieve, p, plan_search_cuda(p.shape, facts, call_.device()));
   }
+  void retrieve_two_level(const TwoLevelProblem&) const override { refuse("retrieve_two_level"); }
   void retrieve_backward(const RetrieveBackwardProblem& p) const override {
     const int64_t dim = p.shape.retrieval_dim;
     const bool vector_rows = rows_of_16_bytes(p.query, dim) && rows_of_16_bytes(p.chunks, dim) &&

@@ -16,6 +16,13 @@ std::tuple<Tensor, Tensor> retrieve(const Tensor& query_embedding, const Tensor&
                                     int64_t chunk_size, int64_t top_k, int64_t context_length,
                                     const OptionalTensor& cu_seqlens);
 
+// Sizes that are not given are chosen by plan_two_level.
+std::tuple<Tensor, Tensor> retrieve_two_level(const Tensor& query_embedding, const Tensor& chunk_embedding,
+                                              int64_t chunk_size, int64_t top_k, int64_t context_length,
+                                              const OptionalTensor& cu_seqlens,
+                                              std::optional<int64_t> superchunk_size,
+                                              std::optional<int64_t> probes);
+
 std::tuple<Tensor, Tensor> retrieve_backward(const Tensor& score_gradient, const Tensor& indices,
                                              const Tensor& query_embedding, const Tensor& chunk_embedding,
                                              int64_t chunk_size, int64_t context_length,

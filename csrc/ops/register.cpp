@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/build_info.h"
+#include "common/plan_two_level.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/stage_clock.h"
@@ -14,11 +15,22 @@ std::string build_info() {
   return resona::build_info(resona::cpu::runnable_instruction_sets(), resona::cpu::kernel_set().name);
 }
 
+// superchunk_size, probes
+std::tuple<int64_t, int64_t> plan_two_level(int64_t context_length, int64_t chunk_size, int64_t top_k,
+                                            std::optional<int64_t> superchunk_size,
+                                            std::optional<int64_t> probes) {
+  resona::Shape s{};
+  s.context = context_length, s.chunk_size = chunk_size, s.top_k = top_k;
+  const resona::TwoLevelPlan plan = resona::plan_two_level(s, superchunk_size, probes);
+  return {plan.superchunk_size, plan.probes};
+}
+
 // The operators look at their tensors to find where to run.
 template <class Library>
 void implement(Library& m) {
   m.impl("pool_chunks", TORCH_BOX(&resona::ops::pool_chunks));
   m.impl("retrieve", TORCH_BOX(&resona::ops::retrieve));
+  m.impl("retrieve_two_level", TORCH_BOX(&resona::ops::retrieve_two_level));
   m.impl("attend", TORCH_BOX(&resona::ops::attend));
   m.impl("fused_retrieve_attend", TORCH_BOX(&resona::ops::fused_retrieve_attend));
   m.impl("decode_step", TORCH_BOX(&resona::ops::decode_step));
@@ -39,6 +51,11 @@ STABLE_TORCH_LIBRARY(resona, m) {
   m.def(
       "retrieve(Tensor query_embedding, Tensor chunk_embedding, SymInt chunk_size, SymInt top_k, "
       "SymInt context_length, Tensor? cu_seqlens=None) -> (Tensor indices, Tensor scores)");
+  // The same among the chunks of the `probes` best superchunks of each query, and the one still open there
+  m.def(
+      "retrieve_two_level(Tensor query_embedding, Tensor chunk_embedding, SymInt chunk_size, SymInt top_k, "
+      "SymInt context_length, Tensor? cu_seqlens=None, *, SymInt? superchunk_size=None, "
+      "SymInt? probes=None) -> (Tensor indices, Tensor scores)");
   // -> out [B, T, H, D], lse [B, T, H]
   m.def(
       "attend(Tensor query, Tensor key, Tensor value, Tensor indices, SymInt chunk_size, Tensor? bias=None, "
@@ -95,6 +112,9 @@ STABLE_TORCH_LIBRARY(resona, m) {
   m.def("_build_info() -> str");
   // JSON: seconds by stage on the CPU since the last call; for benchmarks
   m.def("_cpu_stage_times(bool go_on) -> str");
+  m.def(
+      "_plan_two_level(int context_length, int chunk_size, int top_k, int? superchunk_size=None, "
+      "int? probes=None) -> (int superchunk_size, int probes)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resona, CPU, m) { implement(m); }
@@ -105,4 +125,5 @@ STABLE_TORCH_LIBRARY_IMPL(resona, CUDA, m) { implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(resona, CompositeExplicitAutograd, m) {
   m.impl("_build_info", TORCH_BOX(&build_info));
   m.impl("_cpu_stage_times", TORCH_BOX(&resona::cpu::read_stage_clock));
+  m.impl("_plan_two_level", TORCH_BOX(&plan_two_level));
 }

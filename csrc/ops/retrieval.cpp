@@ -10,6 +10,20 @@ std::vector<int64_t> chunk_shape(const Shape& s) {
   return {s.batch, s.context / s.chunk_size, s.retrieval_heads, s.retrieval_dim};
 }
 
+// Room for the results, and the problem to `run`.
+template <class Run>
+std::tuple<Tensor, Tensor> search(const Checked& checked, const Tensor& query_embedding,
+                                  const Tensor& chunk_embedding, const Run& run) {
+  const Shape& s = checked.shape;
+  const Tensor query = with_contiguous_rows(query_embedding), chunks = with_contiguous_rows(chunk_embedding);
+  const std::vector<int64_t> shape{s.batch, s.queries, s.retrieval_heads, s.top_k};
+  const Tensor indices = empty(query, shape, ScalarType::Int);
+  const Tensor scores = empty(query, shape, accumulation_type(query));
+  run({s, &checked.sequences, checked.packed(), rows_of(query), rows_of(chunks),
+       static_cast<int32_t*>(indices.mutable_data_ptr()), scores.mutable_data_ptr()});
+  return {indices, scores};
+}
+
 }  // namespace
 
 Tensor pool_chunks(const Tensor& context_embedding, int64_t chunk_size, const OptionalTensor& cu_seqlens) {
@@ -48,15 +62,25 @@ std::tuple<Tensor, Tensor> retrieve(const Tensor& query_embedding, const Tensor&
                                     const OptionalTensor& cu_seqlens) {
   const Checked checked = check_retrieve("retrieve", query_embedding, chunk_embedding, chunk_size, top_k,
                                          context_length, cu_seqlens);
-  const Shape& s = checked.shape;
   const auto backend = backend_of(query_embedding);
-  const Tensor query = with_contiguous_rows(query_embedding), chunks = with_contiguous_rows(chunk_embedding);
-  const std::vector<int64_t> shape{s.batch, s.queries, s.retrieval_heads, top_k};
-  const Tensor indices = empty(query, shape, ScalarType::Int);
-  const Tensor scores = empty(query, shape, accumulation_type(query));
-  backend->retrieve({s, &checked.sequences, checked.packed(), rows_of(query), rows_of(chunks),
-                     static_cast<int32_t*>(indices.mutable_data_ptr()), scores.mutable_data_ptr()});
-  return {indices, scores};
+  return search(checked, query_embedding, chunk_embedding,
+                [&](const RetrieveProblem& p) { backend->retrieve(p); });
+}
+
+std::tuple<Tensor, Tensor> retrieve_two_level(const Tensor& query_embedding, const Tensor& chunk_embedding,
+                                              int64_t chunk_size, int64_t top_k, int64_t context_length,
+                                              const OptionalTensor& cu_seqlens,
+                                              std::optional<int64_t> superchunk_size,
+                                              std::optional<int64_t> probes) {
+  const char* op = "retrieve_two_level";
+  const Checked checked =
+      check_retrieve(op, query_embedding, chunk_embedding, chunk_size, top_k, context_length, cu_seqlens);
+  for (const auto& [name, value] : {std::pair("superchunk_size", superchunk_size), {"probes", probes}})
+    if (value.has_value() && *value < 1) fail(op, name, "at least 1", std::to_string(*value));
+  const auto backend = backend_of(query_embedding);
+  return search(checked, query_embedding, chunk_embedding, [&](const RetrieveProblem& p) {
+    backend->retrieve_two_level({p, plan_two_level(p.shape, superchunk_size, probes)});
+  });
 }
 
 std::tuple<Tensor, Tensor> retrieve_backward(const Tensor& score_gradient, const Tensor& indices,

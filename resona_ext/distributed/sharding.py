@@ -54,6 +54,7 @@ KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()
 RESULTS = {
     "pool_chunks": ("chunks",),
     "retrieve": ("indices", "scores"),
+    "retrieve_two_level": ("indices", "scores"),
     "attend": ("out", "lse"),
     "fused_retrieve_attend": ("out", "lse", "indices", "scores"),
     "decode_step": ("out", "lse", "indices", "scores"),

@@ -18,7 +18,8 @@ from .augmentation import ATTRIBUTE, Augmentation, augment, settings_with_defaul
 
 FORMAT = "resona_ext 1"
 CUSTOM = "custom"  # a context encoder given as a callable, which no file can hold
-KNOBS = ("top_k", "alpha")  # may differ from the file: they are turned at test time
+# May differ from the file: they are turned at test time.
+KNOBS = ("top_k", "alpha", "search", "superchunk_size", "probes")
 
 
 def save_resona(model: nn.Module | Augmentation, path: str | os.PathLike) -> None:
@@ -52,8 +53,9 @@ def save_resona(model: nn.Module | Augmentation, path: str | os.PathLike) -> Non
 def load_resona(model: nn.Module, path: str | os.PathLike) -> Augmentation:
     """Read what `save_resona` wrote. A plain model is augmented first, as the saved one was.
 
-    A model that is augmented already must have the same layers and settings; top_k and alpha stay as
-    they are in it. A layer with a context encoder of your own has to be augmented with it first.
+    A model that is augmented already must have the same layers and settings; top_k, alpha and how
+    it searches stay as they are in it. A layer with a context encoder of your own has to be augmented
+    with it first.
 
     Raises:
         FileNotFoundError: there is no such file.
