@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,11 @@ def test_the_clock_stops_when_the_call_raises():
         parts.measure(broken, "cpu")
     call_of("fused")()
     assert parts.measure(lambda: torch.ones(1), "cpu") == {}
+
+
+def test_a_package_without_the_clock_has_no_parts(monkeypatch):
+    monkeypatch.setattr(parts.torch, "ops", SimpleNamespace(resona=SimpleNamespace()))
+    assert parts.measure(lambda: None, "cpu") == {}
 
 
 def test_table_shows_shares():
