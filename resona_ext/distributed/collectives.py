@@ -1,13 +1,18 @@
 """The collectives of torch.distributed that this package uses. Every rank of the group makes every call.
 
-Those with gradients leave with the exchange under way: torch waits when a result is first read.
+A `Trip` is an exchange that other work may overlap, in both directions:
+
+    forward     depart: rows leave          ... work ...   arrive: wait for what came
+    backward    arrive: gradients leave     ... work ...   depart: wait for what came
+
+Autograd runs what was made last first. So what is done between depart and arrive in forward has its backward
+between arrive's and depart's, while the gradients are under way.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 # torch 2.13 gave both a new name and complains of the old one.
@@ -45,8 +50,63 @@ def send(x: Tensor, here: list[int], there: list[int], group) -> Tensor:
     return received
 
 
+class Trip:
+    """One exchange of rows: `there[r]` rows go to rank r, `here[r]` come from it. With gradients."""
+
+    def __init__(self, here: list[int], there: list[int], group) -> None:
+        self.here, self.there, self.group = here, there, group
+
+    def depart(self, x: Tensor) -> Trip:
+        self._cargo = _Depart.apply(x, self)
+        return self
+
+    def arrive(self) -> Tensor:
+        cargo, self._cargo = self._cargo, None  # or autograd and this would hold each other
+        return _Arrive.apply(cargo, self)
+
+    def exchange(self, x: Tensor, here: list[int], there: list[int]) -> Tensor:
+        """Under way when it returns; `wait` before reading."""
+        x, received = x.detach().contiguous(), x.new_empty(sum(here), *x.shape[1:])
+        work = dist.all_to_all_single(received, x, here, there, self.group, async_op=True)
+        self._under_way = (work, x)
+        return received
+
+    def wait(self) -> None:
+        work, _ = self._under_way
+        work.wait()
+        self._under_way = None
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.exchange(x, trip.here, trip.there)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        trip, came_back = ctx.trip, ctx.trip.came_back
+        trip.wait()
+        trip.came_back = None
+        return came_back, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, cargo: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        trip.wait()
+        return cargo.view_as(cargo)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        trip = ctx.trip
+        trip.came_back = trip.exchange(gradient, trip.there, trip.here)
+        return gradient, None  # only to wake _Depart: what comes back has the shape of what left
+
+
 def send_with_gradient(x: Tensor, here: list[int], there: list[int], group) -> Tensor:
-    return functional.all_to_all_single_autograd(x.contiguous(), here, there, group)
+    return Trip(here, there, group).depart(x).arrive()
 
 
 def send_counts(counts: Tensor, group) -> list[int]:

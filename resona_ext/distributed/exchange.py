@@ -5,8 +5,9 @@ chunks    each rank asks for the distinct chunks that its queries selected; keys
 queries   each rank sends its queries to the ranks that hold chunks of theirs; outputs and log-sum-exps
           come back and are merged
 
-Both leave with the exchange under way (torch's functional collectives wait when a result is first read), so
-that the part at home is computed meanwhile. Whatever a rank has to say or to ask, it takes part in every
+Both leave with the exchange under way, so that the part at home is computed meanwhile, and in backward its
+gradients (collectives.Trip). The way of queries to the other ranks is waited for: their answers are what the
+part at home overlaps. Whatever a rank has to say or to ask, it takes part in every
 collective, forward and backward, in the same order: nothing here branches on a rank's own data.
 """
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import attend
-from .collectives import send, send_counts, send_with_gradient
+from .collectives import Trip, send, send_counts, send_with_gradient
 from .layout import Layout
 
 
@@ -146,7 +147,7 @@ class ChunkExchange:
             for x in (s.key, s.value)
         ]
         # [n, 2, S, Hkv / R, D]
-        self.received = send_with_gradient(torch.stack(pair, dim=1), to_here, from_here, s.group)
+        self.trip = Trip(to_here, from_here, s.group).depart(torch.stack(pair, dim=1))
 
     def finish(self) -> tuple[Tensor, Tensor]:
         s, size = self.s, self.s.layout.chunk_size
@@ -162,7 +163,7 @@ class ChunkExchange:
 
         kv_heads = s.key.shape[2] // heads
         buffers = s.key.new_zeros(batch, most, heads, 2, size, kv_heads, s.key.shape[3])
-        buffers = buffers.index_put((entry, position, head), self.received)
+        buffers = buffers.index_put((entry, position, head), self.trip.arrive())
         key, value = (
             x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2) for x in buffers.unbind(3)
         )
@@ -207,8 +208,7 @@ class QueryExchange:
         entry = send(self.row // max(1, queries), *sizes)
         out, lse = self._serve(query, chunk, entry, bias)
         back = (self.to_here, self.from_here, s.group)
-        self.out = send_with_gradient(out, *back)
-        self.lse = send_with_gradient(lse, *back)
+        self.trips = [Trip(*back).depart(t) for t in (out, lse)]
 
     def _serve(self, query: Tensor, chunk: Tensor, entry: Tensor, bias: Tensor | None):
         """Attention of foreign queries to own chunks; batch entries stand one after another."""
@@ -225,17 +225,18 @@ class QueryExchange:
     def finish(self) -> tuple[Tensor, Tensor]:
         s = self.s
         batch, queries, heads, dim = s.query.shape
-        wide = self.lse.dtype
+        came_out, came_lse = (trip.arrive() for trip in self.trips)
+        wide = came_lse.dtype
         result = (
-            self.out.new_zeros(batch * queries, heads, dim, dtype=wide),
-            self.lse.new_full((batch * queries, heads), -torch.inf),
+            came_out.new_zeros(batch * queries, heads, dim, dtype=wide),
+            came_lse.new_full((batch * queries, heads), -torch.inf),
         )
         begin = 0
         for count in self.to_here:
             part = slice(begin, begin + count)
             row, begin = self.row[part], begin + count
-            out = torch.zeros_like(result[0]).index_copy(0, row, self.out[part].to(wide))
-            lse = torch.full_like(result[1], -torch.inf).index_copy(0, row, self.lse[part])
+            out = torch.zeros_like(result[0]).index_copy(0, row, came_out[part].to(wide))
+            lse = torch.full_like(result[1], -torch.inf).index_copy(0, row, came_lse[part])
             result = merge(result, (out, lse))
         return result[0].unflatten(0, (batch, queries)), result[1].unflatten(0, (batch, queries))
 

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import resona_ext
 from resona_ext import distributed
 from resona_ext.distributed import Layout
+from resona_ext.distributed.collectives import Trip
 
 
 @dataclass(frozen=True)
@@ -239,17 +240,15 @@ def make_all_mistakes(rank: int, ranks: int) -> dict[str, str]:
 
 def count_bytes(rank: int, ranks: int) -> dict[str, tuple[int, int]]:
     """For each exchange what the plan foresees and what really left this rank, added up over the ranks."""
-    from resona_ext.distributed import exchange
-
     mesh, totals, sent = init_device_mesh("cpu", (ranks,)), {}, []
-    send = exchange.send_with_gradient
+    exchange = Trip.exchange
 
-    def counting(x, here, there, group):
+    def counting(trip, x, here, there):
         assert x.shape[0] == sum(there)
         sent.append(x.numel() * x.element_size())
-        return send(x, here, there, group)
+        return exchange(trip, x, here, there)
 
-    exchange.send_with_gradient = counting
+    Trip.exchange = counting
     for name in ("chunks", "queries"):
         sent.clear()
         arguments = _arguments(rank, ranks, exchange=name)
@@ -260,8 +259,43 @@ def count_bytes(rank: int, ranks: int) -> dict[str, tuple[int, int]]:
             getattr(aux.plan, f"{name[:-1].replace('querie', 'query')}_bytes"),
             int(moved),
         )
-    exchange.send_with_gradient = send
+    Trip.exchange = exchange
     return totals
+
+
+def order_of_events(rank: int, ranks: int) -> dict[str, list[str]]:
+    """What an exchange and the part at home do, in the order in which they do it."""
+    from resona_ext.distributed import attention
+
+    mesh, found, events = init_device_mesh("cpu", (ranks,)), {}, []
+    at_home, exchange, wait = attention.at_home, Trip.exchange, Trip.wait
+
+    def home(selection):
+        out, lse = at_home(selection)
+        events.append("home")
+        out.register_hook(lambda gradient: events.append("home"))
+        return out, lse
+
+    def leaving(*arguments):
+        events.append("leave")
+        return exchange(*arguments)
+
+    def waiting(trip):
+        events.append("wait")
+        wait(trip)
+
+    attention.at_home, Trip.exchange, Trip.wait = home, leaving, waiting
+    for name in ("chunks", "queries"):
+        arguments = _arguments(rank, ranks, exchange=name)
+        for tensor in NAMES[:3]:
+            arguments[tensor].requires_grad_()
+        out = distributed.retrieve_attend(**arguments, mesh=mesh)
+        events.append("backward")
+        out.sum().backward()
+        found[name] = events.copy()
+        events.clear()
+    attention.at_home, Trip.exchange, Trip.wait = at_home, exchange, wait
+    return found
 
 
 def lose_a_rank(rank: int, ranks: int) -> str:

@@ -10,6 +10,7 @@ from sharded_cases import (
     count_bytes,
     lose_a_rank,
     make_all_mistakes,
+    order_of_events,
 )
 
 
@@ -38,6 +39,16 @@ def test_the_plan_counts_the_bytes_that_move(tmp_path):
         assert (
             0 < moved < foreseen
         )  # the plan also counts the numbers of chunks, which have no gradient
+
+
+def test_the_part_at_home_is_computed_while_rows_are_under_way(tmp_path):
+    trip = ["leave", "home", "wait"]
+    there, back = ["leave", "wait"], ["leave", "leave", "home", "wait", "wait"]
+    for kind, events, *_ in run(2, order_of_events, folder=tmp_path):
+        assert kind == "returned", events
+        assert events["chunks"] == [*trip, "backward", *trip]
+        # Queries go, are answered, and outputs and log-sum-exps come back; then the same in reverse.
+        assert events["queries"] == [*there, *back, "backward", *back, *there]
 
 
 def test_a_lost_rank_is_an_error_and_no_hang(tmp_path):
