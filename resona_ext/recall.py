@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import pool_chunks, retrieve
+from .functional import RetrieveResult, pool_chunks, retrieve
 from .ops import resona
 
 
@@ -58,13 +58,18 @@ def search_recall(
     sizes = {"superchunk_size": superchunk_size, "probes": probes}
     exact = retrieve(query_embedding, chunks, **settings)
     found = retrieve(query_embedding, chunks, **settings, search="two_level", **sizes)
+    used = resona._plan_two_level(context_length, chunk_size, top_k, **sizes)
+    return SearchRecall(*shares_found(exact, found), *used)
+
+
+def shares_found(exact: RetrieveResult, found: RetrieveResult) -> tuple[float, float]:
+    """`recall` and `rows_complete` of SearchRecall."""
     counted = (exact.indices >= 0) & ~exact.scores.isnan()
     worst = torch.where(counted, exact.scores, torch.inf).amin(dim=-1, keepdim=True)
     wanted = counted.sum(dim=-1)
     hits = ((found.indices >= 0) & (found.scores >= worst)).sum(dim=-1)
-    used = resona._plan_two_level(context_length, chunk_size, top_k, **sizes)
     complete = (hits == wanted) & (wanted > 0)
-    return SearchRecall(_share(hits, wanted), _share(complete, wanted > 0), *used)
+    return _share(hits, wanted), _share(complete, wanted > 0)
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

@@ -1,5 +1,6 @@
 """The two-level search: the same bits as the reference, exact where it says so, a citizen of torch."""
 
+import json
 import math
 
 import pytest
@@ -343,3 +344,17 @@ class TestLayer:
         with pytest.raises(ValueError) as error:
             resona_ext.Resona(16, num_heads=2, **{"search": "two_level", **options})
         assert str(error.value) == f"Resona: {text}"
+
+
+def test_the_benchmark(tmp_path, threads, capsys):
+    from benchmarks.kernels import two_level
+
+    threads(1)
+    command = ["--tokens", "3000", "--contents", "random,correlated-64", "--retrieval-dim", "16"]
+    command += ["--threads", "1", "--processor-time", "--out", str(tmp_path / "r")]
+    assert two_level.main(command) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert list(rows) == [f"{c}/S{s}/bfloat16" for s in (2, 16) for c in command[3].split(",")]
+    assert rows["correlated-64/S2/bfloat16"]["recall"] > rows["random/S2/bfloat16"]["recall"]
+    assert rows["random/S16/bfloat16"]["recall"] == 1, "few superchunks: the same search"
+    assert all(row["speedup"] > 0 for row in rows.values())

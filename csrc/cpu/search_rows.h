@@ -193,11 +193,20 @@ void refine(const RetrieveProblem& p, const Task& task, int64_t row, int64_t roo
   query.candidates = 0;
 }
 
+// A product among the k best of its row.
+template <class A>
+void rank(float product, SearchQuery& query, float* best, const SearchScratch<A>& s) {
+  if (product != product || (query.ranked == s.slots && product <= best[s.slots - 1])) return;
+  int64_t slot = query.ranked < s.slots ? query.ranked++ : s.slots - 1;
+  for (; slot > 0 && best[slot - 1] < product; --slot) best[slot] = best[slot - 1];
+  best[slot] = product;
+}
+
 // One query against one tile of chunks [first, first + count), all of them eligible, whose quick products
-// are given. Tiles come in ascending order.
+// are given. Tiles come in ascending order. is_ranked: its products are among those of the list of the best.
 template <class A>
 void scan_row(const RetrieveProblem& p, const Task& task, int64_t row, int64_t first, int64_t count,
-              const A* products, SearchScratch<A>& s) {
+              const A* products, SearchScratch<A>& s, bool is_ranked = false) {
   SearchQuery& query = s.queries[row];
   if (query.exhaustive) {
     if (query.norm == 0 && query.found == s.slots) return;  // all its scores are 0: the first chunks stay
@@ -214,10 +223,8 @@ void scan_row(const RetrieveProblem& p, const Task& task, int64_t row, int64_t f
     const float product = static_cast<float>(products[column]);
     if (product < bar) continue;  // the bar has risen since the columns were listed
     candidates[query.candidates++] = {product, static_cast<int32_t>(first) + column};
-    if (product != product || (query.ranked == s.slots && product <= best[s.slots - 1])) continue;
-    int64_t slot = query.ranked < s.slots ? query.ranked++ : s.slots - 1;
-    for (; slot > 0 && best[slot - 1] < product; --slot) best[slot] = best[slot - 1];
-    best[slot] = product;
+    if (is_ranked) continue;
+    rank(product, query, best, s);
     bar = threshold(query, best, s);
   }
 }

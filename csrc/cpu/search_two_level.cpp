@@ -3,10 +3,10 @@
 //   centroids = the pooled chunks of each superchunk
 //   for each block of queries
 //     for each query: the m best superchunks wholly in its past    the exact search, over centroids
-//     turned around: for each superchunk, the queries that probe it, or whose past ends inside of it
-//     for each superchunk, ascending; each tile of its chunks
-//       tile = Q C^T for those queries, gathered
-//       for each of them: columns not below its threshold -> its candidates
+//     for each superchunk, the queries that like it best            lists turned around, queries gathered
+//       tile = Q C^T -> their k best products                       so the thresholds stand before the scan
+//     for each superchunk, ascending, the queries that probe it, or whose past ends inside of it
+//       tile = Q C^T -> columns not below a query's threshold -> its candidates
 //     for each query: canonical score of the candidates -> sorted list
 //
 // Inside the superchunks that a query searches nothing is lost: see search_rows.h.
@@ -80,10 +80,11 @@ void multiply_gathered(const Entry* entries, int64_t count, int64_t width, int64
                      s.rows.tile.data(), width, false});
 }
 
-// A superchunk meets the queries that search it.
-template <class A>
+// A superchunk meets the queries of its entries: calls visit(entry, first, count, products) for each tile of
+// chunks [first, first + count) in the query's past.
+template <class A, class Visit>
 void scan_superchunk(const Levels& levels, const Task& task, const Entry* entries, int64_t count,
-                     int64_t superchunk, TwoLevelScratch<A>& s) {
+                     int64_t superchunk, TwoLevelScratch<A>& s, const Visit& visit) {
   const int64_t dim = levels.chunks.shape.retrieval_dim;
   const int64_t begin = superchunk * levels.superchunk_size;
   int64_t end = begin;  // where the past of the last of the queries ends, if not behind the superchunk
@@ -96,12 +97,19 @@ void scan_superchunk(const Levels& levels, const Task& task, const Entry* entrie
       const int64_t group = std::min(kGatheredRows, count - i);
       multiply_gathered(entries + i, group, width, dim, s);
       for (int64_t g = 0; g < group; ++g) {
-        const int64_t row = entries[i + g].row;
-        const int64_t seen = std::min(chunks, s.rows.queries[row].eligible - first);
-        if (seen > 0) scan_row(levels.chunks, task, row, first, seen, s.rows.tile.data() + g * width, s.rows);
+        const Entry& entry = entries[i + g];
+        const int64_t seen = std::min(chunks, s.rows.queries[entry.row].eligible - first);
+        if (seen > 0) visit(entry, first, seen, s.rows.tile.data() + g * width);
       }
     }
   }
+}
+
+template <class A, class Visit>
+void scan_lists(const Levels& levels, const Task& task, const ChunkLists& lists, TwoLevelScratch<A>& s,
+                const Visit& visit) {
+  for (const Run& run : lists.runs)
+    scan_superchunk(levels, task, lists.entries.data() + run.begin, run.end - run.begin, run.chunk, s, visit);
 }
 
 template <class A>
@@ -111,14 +119,25 @@ void refine_block(const Levels& levels, const Task& task, TwoLevelScratch<A>& s)
   s.rows.largest_chunk_norm = 0;
   s.rows.error = s.rows.scope == nullptr ? fp32_error(dim)
                                          : tile_error(dim, levels.chunks.query.dtype != DType::kBFloat16);
+  const int64_t last = s.rows.queries[rows - 1].eligible / levels.superchunk_size;
+  const auto probed = [&](int64_t row, int64_t slot) { return s.probed[row * levels.probes + slot]; };
+  if constexpr (std::is_same_v<A, float>) {
+    scan_lists(levels, task, build_lists(rows, 1, last + 1, probed), s,
+               [&](const Entry& entry, int64_t, int64_t count, const A* products) {
+                 float* best = s.rows.best.data() + entry.row * s.rows.slots;
+                 for (int64_t c = 0; c < count; ++c)
+                   rank(products[c], s.rows.queries[entry.row], best, s.rows);
+               });
+  }
   // The last slot is the superchunk in which the query's past ends.
-  const int64_t slots = levels.probes + 1, last = s.rows.queries[rows - 1].eligible / levels.superchunk_size;
-  const ChunkLists lists = build_lists(rows, slots, last + 1, [&](int64_t row, int64_t slot) {
-    if (slot < levels.probes) return s.probed[row * levels.probes + slot];
+  const auto searched = [&](int64_t row, int64_t slot) {
+    if (slot < levels.probes) return probed(row, slot);
     return static_cast<int32_t>(s.rows.queries[row].eligible / levels.superchunk_size);
-  });
-  for (const Run& run : lists.runs)
-    scan_superchunk(levels, task, lists.entries.data() + run.begin, run.end - run.begin, run.chunk, s);
+  };
+  scan_lists(levels, task, build_lists(rows, levels.probes + 1, last + 1, searched), s,
+             [&](const Entry& entry, int64_t first, int64_t count, const A* products) {
+               scan_row(levels.chunks, task, entry.row, first, count, products, s.rows, entry.slot == 0);
+             });
   const StageScope rescore(Stage::kRescore);
   for (int64_t row = 0; row < rows; ++row) refine(levels.chunks, task, row, s.rows.capacity + 1, s.rows);
 }
