@@ -40,7 +40,8 @@ RECORDS = (
     Step("layer", 120, ("layer-forward", "layer-train", "layer-decode"), "a Mamba-2 block"),
 )
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-STEPS = ("smoke", "ceilings", *(step.name for step in RECORDS), "sanitizer")
+TUNING_SECONDS = 300
+STEPS = ("smoke", "ceilings", *(step.name for step in RECORDS), "tuning", "sanitizer")
 
 
 def finished(out: Path) -> dict:
@@ -108,12 +109,33 @@ def kernels(run: Run, out: Path, step: Step):
     return body
 
 
+def tuning(run: Run, out: Path):
+    """What plans weigh kernels with, value beside value; nothing is changed by it."""
+
+    def body(entry: dict) -> None:
+        path = out / "tuning.json"
+        command = [sys.executable, "-m", "benchmarks.kernels.tune", "--output", path]
+        command += ["--device", run.options.device]
+        if run.options.device == "cpu":
+            command += ["--smoke", "--seconds", "0"]
+        status, text = run.call(command, TUNING_SECONDS)
+        record = json.loads(path.read_text()) if path.exists() else {"rows": [], "complete": False}
+        failed = [row for row in record["rows"] if row["status"] != "ok"]
+        entry.update(rows=len(record["rows"]), whole=record["complete"], failed=failed)
+        passed = status == 0 and record["complete"]
+        entry.update(status="passed" if passed else "failed", reason="sweeps of the plans' numbers")
+        if not passed:
+            entry.update(reason=f"sweeps: {outcome(status)}", output=end_of(text))
+
+    return body
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     lines = "\n".join(f"  {s.name:<14}{s.what}, at most {s.seconds} s" for s in RECORDS)
     parser = argparse.ArgumentParser(
         prog="benchmarks/gpu_record.sh",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"steps, in this order:\n  smoke\n  ceilings\n{lines}\n  sanitizer",
+        description=f"steps, in this order:\n  smoke\n  ceilings\n{lines}\n  tuning\n  sanitizer",
     )
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "build" / "gpu-record", help="folder of the records")
@@ -141,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         "smoke": smoke(run, out, 150, "--small", "--steps", "cases,debug"),
         "ceilings": ceilings(run, out),
         **{step.name: kernels(run, out, step) for step in RECORDS},
+        "tuning": tuning(run, out),
         "sanitizer": smoke(run, out, 500, "--small", "--steps", "sanitizer"),
     }
     status = None

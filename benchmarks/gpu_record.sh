@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The records of a GPU, in one command that may be stopped anywhere and called again: smoke test first, then what the
-# machine can do, then the operators beside their peers. Each step is bounded in time and writes as it goes; a second
+# machine can do, the operators beside their peers, sweeps of the plans' numbers. Each step is bounded in time and writes as it goes; a second
 # call with the same folder goes on with what is not finished.
 #
 #   benchmarks/gpu_record.sh                     all steps for at most 9 minutes, into build/gpu-record/

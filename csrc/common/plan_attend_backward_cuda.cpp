@@ -5,7 +5,6 @@
 namespace resona {
 namespace {
 
-constexpr int64_t kItemBlocksPerSm = 16, kRowBlocksPerSm = 32;
 constexpr int64_t kRangeStep = 64;  // queries
 constexpr int64_t kMostSlots = (int64_t{1} << 31) - 1, kMostKeys = (int64_t{1} << 32) - 2;
 
@@ -13,9 +12,6 @@ constexpr int64_t kMostSlots = (int64_t{1} << 31) - 1, kMostKeys = (int64_t{1} <
 // small chunks take shorter segments, to fill the device.
 constexpr int64_t kLaneSegment = 128, kLongSegment = kAttendBackwardMostSegment, kShortSegment = 256,
                   kManyRows = 1 << 18, kLargeChunk = 256;
-
-// Of a list on average, above which tiles are full enough. Not measured.
-constexpr int64_t kLaneRows = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -89,9 +85,9 @@ void choose_part(CudaAttendBackwardPlan& plan, const Shape& s) {
 }
 
 // The tokens that a warp holds in registers, if chunks are small and their lists short; else 0.
-int64_t lane_keys(const Shape& s, int64_t width) {
+int64_t lane_keys(const Shape& s, int64_t width, const CudaTuning& tuning) {
   const int64_t most = width == 256 ? 4 : 8;
-  if (s.chunk_size > most || rows_of(s) > saturated_product({kLaneRows, keys_of(s)})) return 0;
+  if (s.chunk_size > most || rows_of(s) > saturated_product({tuning.lane_rows, keys_of(s)})) return 0;
   return width == 128 && s.chunk_size <= 4 ? 4 : most;
 }
 
@@ -118,7 +114,7 @@ CudaAttendBackwardPlan plan_attend_backward_cuda(const Shape& s, DType dtype, co
                                                  bool has_bias, bool has_sink, const CudaDevice& device) {
   CudaAttendBackwardPlan plan{};
   plan.width = s.head_dim <= 64 ? 64 : s.head_dim <= 128 ? 128 : 256;
-  plan.lane_keys = lane_keys(s, plan.width);
+  plan.lane_keys = lane_keys(s, plan.width, device.tuning);
   plan.kernel = plan.lane_keys > 0    ? "chunk_lanes"
                 : size_of(dtype) == 2 ? "chunk_stationary_mma"
                                       : "chunk_stationary_fma";
@@ -137,9 +133,9 @@ CudaAttendBackwardPlan plan_attend_backward_cuda(const Shape& s, DType dtype, co
   const Shape part = part_of(plan, s, 0, 0);
   const int64_t items = rows_of(part) / plan.segment + std::min(slots_of(part), keys_of(part));
   const int64_t block_items = plan.lane_keys > 0 ? kAttendBackwardLaneWarps : 1;
-  plan.item_blocks =
-      std::min(ceil_div(saturated_product({items, plan.heads}), block_items), kItemBlocksPerSm * device.sms);
-  plan.row_blocks = kRowBlocksPerSm * device.sms;
+  plan.item_blocks = std::min(ceil_div(saturated_product({items, plan.heads}), block_items),
+                              device.tuning.backward_item_blocks * device.sms);
+  plan.row_blocks = device.tuning.backward_row_blocks * device.sms;
   count_workspace(plan, s);
   return plan;
 }

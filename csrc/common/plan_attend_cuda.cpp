@@ -5,14 +5,8 @@
 namespace resona {
 namespace {
 
-// None of these has been measured on a GPU: they follow from the bytes that each path moves.
-constexpr int64_t kDenseContext = 8192;  // above, a dense tile loses to the rest at any density it can have
-constexpr double kDenseShare = 0.2;      // of a row's past that it must select, at the middle of the context
-constexpr int64_t kDenseQueries = 64;    // a tile of rows
-constexpr int64_t kChunkSize = 8;        // smaller chunks leave most of a 16-key tile empty
-constexpr int64_t kRowsPerList = 16;     // on average; with fewer, keys are loaded for too few rows
-constexpr int64_t kQueryBlocksPerSm = 16, kChunkBlocksPerSm = 3, kMergeBlocksPerSm = 16;
-constexpr int64_t kMostItemRows = 512, kRowTile = 64;
+constexpr int64_t kDenseQueries = 64;  // a tile of rows
+constexpr int64_t kRowTile = 64;
 constexpr int64_t kThreads = 128;
 constexpr int64_t kLeastRangeBytes = 128 << 20;  // whatever the rest of the call takes
 
@@ -30,18 +24,20 @@ int64_t instance_dim(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 2
 
 // ---- the choice
 
-bool takes_dense(const Shape& s, const CudaAttendFacts& f) {
+bool takes_dense(const Shape& s, const CudaAttendFacts& f, const CudaTuning& tuning) {
   const double selected = static_cast<double>(s.top_k) * static_cast<double>(s.chunk_size);
-  return size_of(f.dtype) == 2 && f.distinct && !f.bias && s.context <= kDenseContext &&
-         s.queries >= kDenseQueries && 2 * selected > kDenseShare * static_cast<double>(s.context);
+  return size_of(f.dtype) == 2 && f.distinct && !f.bias && s.context <= tuning.dense_context &&
+         s.queries >= kDenseQueries &&
+         200 * selected > static_cast<double>(tuning.dense_percent) * static_cast<double>(s.context);
 }
 
 // Bytes per row and selected chunk, from attend_chunk.cuh and attend_query.cuh, in units of D elements.
-bool takes_chunks(const Shape& s, const CudaAttendFacts& f) {
+bool takes_chunks(const Shape& s, const CudaAttendFacts& f, const CudaTuning& tuning) {
   const int64_t chunks = s.context / s.chunk_size, group = group_of(s);
-  if (chunks == 0 || s.chunk_size < kChunkSize) return false;
+  if (chunks == 0 || s.chunk_size < tuning.chunk_tokens) return false;
   const int64_t slots = std::min(s.top_k, chunks);
-  if (saturated_product({s.queries, slots, group}) < saturated_product({kRowsPerList, chunks})) return false;
+  if (saturated_product({s.queries, slots, group}) < saturated_product({tuning.chunk_rows, chunks}))
+    return false;
   return size_of(f.dtype) == 2 ? 3 * group < 2 * s.chunk_size : 5 * group < 2 * s.chunk_size;
 }
 
@@ -53,7 +49,8 @@ void share_rows(CudaAttendPlan& plan, const Shape& s, int64_t teams, int64_t til
   plan.splits = 1;
   while (plan.splits < teams && rows * plan.splits < 8 * teams * device.sms && keys >= 4 * tile * plan.splits)
     plan.splits *= 2;
-  plan.blocks = std::clamp<int64_t>(ceil_div(rows * plan.splits, teams), 1, kQueryBlocksPerSm * device.sms);
+  plan.blocks =
+      std::clamp<int64_t>(ceil_div(rows * plan.splits, teams), 1, device.tuning.query_blocks * device.sms);
 }
 
 void plan_lanes(CudaAttendPlan& plan, const Shape& s, const CudaAttendFacts& f, const CudaDevice& device) {
@@ -94,7 +91,8 @@ void plan_chunk_tiles(CudaAttendPlan& plan, const Shape& s, const CudaAttendFact
   const int64_t chunks = s.context / s.chunk_size;
   const int64_t rows =
       ceil_div(saturated_product({s.queries, std::min(s.top_k, chunks), group_of(s)}), chunks);
-  plan.item_rows = std::clamp<int64_t>(ceil_div(rows, kRowTile) * kRowTile, kRowTile, kMostItemRows);
+  plan.item_rows = std::clamp<int64_t>(ceil_div(rows, kRowTile) * kRowTile, kRowTile,
+                                       device.tuning.item_rows / kRowTile * kRowTile);
 }
 
 void size_range(CudaAttendPlan& plan, const Shape& s, int64_t batch, int64_t queries,
@@ -104,9 +102,9 @@ void size_range(CudaAttendPlan& plan, const Shape& s, int64_t batch, int64_t que
   plan.index = plan_index_cuda(range, device);
   const int64_t items = saturated_product({plan.index.slots, group_of(s)}) / plan.item_rows + plan.index.keys;
   plan.blocks = std::clamp<int64_t>(saturated_product({items, s.kv_heads / s.retrieval_heads}), 1,
-                                    kChunkBlocksPerSm * device.sms);
+                                    device.tuning.chunk_blocks * device.sms);
   plan.merge_blocks = std::clamp<int64_t>(ceil_div(saturated_product({batch, queries, s.heads}), 4), 1,
-                                          kMergeBlocksPerSm * device.sms);
+                                          device.tuning.merge_blocks * device.sms);
   range.batch = s.batch == 0 ? 0 : (s.batch - 1) % batch + 1;
   range.queries = s.queries == 0 ? 0 : (s.queries - 1) % queries + 1;
   plan.last_index = plan_index_cuda(range, device);
@@ -154,13 +152,13 @@ CudaAttendPlan plan_attend_cuda(const Shape& s, const CudaAttendFacts& f, const 
   CudaAttendPlan plan{};
   plan.vector = f.rows.vector_rows;
   plan.sequences = f.rows.sequences;
-  if (takes_dense(s, f)) {
+  if (takes_dense(s, f, device.tuning)) {
     plan.path = AttendPath::kDense;
     plan.kernel = "dense_masked";
     plan.reason = "short context: its rows select so much that all keys, once per 64 rows, are fewer bytes";
     plan.dim = instance_dim(s.head_dim);
     plan.blocks = saturated_product({ceil_div(s.queries * group_of(s), kRowTile), s.kv_heads, s.batch});
-  } else if (takes_chunks(s, f)) {
+  } else if (takes_chunks(s, f, device.tuning)) {
     plan_chunks(plan, s, f, device);
     return plan;
   } else if (size_of(f.dtype) == 2 && plan.vector && (group_of(s) >= 4 || keys_of_row(s) >= 32)) {

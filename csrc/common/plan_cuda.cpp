@@ -6,9 +6,6 @@
 namespace resona {
 namespace {
 
-// Blocks per multiprocessor: several times what fits at once, so that blocks of unequal length even out; the
-// kernels stride over what is left.
-constexpr int64_t kPoolBlocksPerSm = 40, kIndexBlocksPerSm = 8, kRetrieveBackwardBlocksPerSm = 32;
 constexpr int64_t kPoolRestPerBlock = 128;
 constexpr int64_t kIndexCountBytes = 2 << 20;   // what the counts of the quick index may take
 constexpr int64_t kIndexReadBytes = 128 << 20;  // and its blocks read of them: some 25 us of an H200's L2
@@ -63,7 +60,7 @@ CudaRetrieveBackwardPlan plan_retrieve_backward_part(const Shape& whole, int64_t
   plan.partial_rows = 2 * ceil_div(plan.index.slots, plan.segment);
   const int64_t slices = ceil_div(s.retrieval_dim, kElementsPerLane * plan.lanes);
   const int64_t rows_per_block = kRetrieveBackwardThreads / plan.lanes, warps = kRetrieveBackwardThreads / 32;
-  const int64_t most = kRetrieveBackwardBlocksPerSm * device.sms;
+  const int64_t most = device.tuning.retrieve_backward_blocks * device.sms;
   const int64_t rows = saturated_product({s.batch, s.queries, s.retrieval_heads});
   const int64_t segments =
       std::min(ceil_div(plan.index.slots, plan.segment) + plan.index.keys, plan.index.slots);
@@ -125,7 +122,7 @@ CudaPoolPlan plan_pool_cuda(const Shape& s, const CudaFacts& facts, const CudaDe
   plan.reason = plan.vector ? "one pass over the context with 16-byte loads, as few lanes per row as hold it"
                             : "one pass over the context by single elements: rows not multiples of 16 bytes";
   const int64_t rows = saturated_product({s.batch, s.context / s.chunk_size, s.retrieval_heads});
-  plan.blocks = std::min(ceil_div(rows, kPoolRowsPerBlock), kPoolBlocksPerSm * device.sms);
+  plan.blocks = std::min(ceil_div(rows, kPoolRowsPerBlock), device.tuning.pool_blocks * device.sms);
   plan.sequences = facts.sequences;
   Workspace counting;
   take_chunk_begin(plan.sequences, counting);
@@ -139,7 +136,8 @@ CudaPoolPlan plan_pool_backward_cuda(const Shape& s, const CudaFacts& facts, con
   // Tokens in no chunk get zeros, a warp for 32 of them; packed ones have to be found among all.
   const bool packed = facts.sequences != CudaFacts::kNotPacked;
   const int64_t rest = saturated_product({s.batch, packed ? s.context : s.context % s.chunk_size});
-  const int64_t rest_blocks = std::min(ceil_div(rest, kPoolRestPerBlock), kPoolBlocksPerSm * device.sms);
+  const int64_t rest_blocks =
+      std::min(ceil_div(rest, kPoolRestPerBlock), device.tuning.pool_blocks * device.sms);
   plan.blocks = std::max(plan.blocks, rest_blocks);
   return plan;
 }
@@ -155,8 +153,8 @@ CudaIndexPlan plan_index_sort_cuda(const Shape& s, const CudaDevice& device) {
   plan.reason = plan.passes == 1
                     ? "stable counting sort of the slots by chunk in one pass"
                     : "stable counting sort of the slots by chunk, a pass per digit of the chunk";
-  plan.slot_blocks = std::min(ceil_div(plan.slots, kIndexThreads), kIndexBlocksPerSm * device.sms);
-  plan.key_blocks = std::min(ceil_div(plan.keys + 1, kIndexThreads), kIndexBlocksPerSm * device.sms);
+  plan.slot_blocks = std::min(ceil_div(plan.slots, kIndexThreads), device.tuning.index_blocks * device.sms);
+  plan.key_blocks = std::min(ceil_div(plan.keys + 1, kIndexThreads), device.tuning.index_blocks * device.sms);
   plan.tiles = ceil_div(plan.slots, kIndexTile);
   Workspace counting;
   take_index(plan, counting);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "common/cuda_tuning.h"
 #include "common/problem.h"
 #include "common/workspace.h"
 
@@ -14,6 +15,7 @@ struct CudaDevice {
   int64_t sms;           // multiprocessors
   int64_t capability;    // 10 major + minor
   int64_t shared_bytes;  // that a block may opt in to
+  CudaTuning tuning = {};
 };
 
 // A device of that capability, for plans without one at hand.

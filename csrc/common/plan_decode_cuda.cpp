@@ -5,7 +5,6 @@
 namespace resona {
 namespace {
 
-constexpr int64_t kBlocksPerSm = 2;  // wanted at least, of either kernel
 constexpr int64_t kWarps = kDecodeThreads / 32;
 constexpr int64_t kSlotBytes = 64 << 20;  // of slots that shared memory cannot hold, of further splits
 
@@ -16,7 +15,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 void plan_search(CudaDecodePlan& plan, const Shape& s, const CudaDecodeFacts& f, const CudaDevice& device) {
   const int64_t chunks = s.context / s.chunk_size, tile = size_of(f.embedding_dtype) == 2 ? 128 : 64;
   const int64_t groups = saturated_product({s.batch, s.retrieval_heads});
-  const int64_t blocks = std::max<int64_t>(1, kBlocksPerSm * device.sms / std::max<int64_t>(1, groups));
+  const int64_t blocks =
+      std::max<int64_t>(1, device.tuning.decode_blocks * device.sms / std::max<int64_t>(1, groups));
   plan.range = std::clamp(ceil_div(ceil_div(chunks, blocks), tile) * tile, tile, kDecodeMostRange);
   plan.lists = ceil_div(chunks, plan.range);
   // Choosing k of a range takes k rounds of the block; for many of few it is quicker to pass all on.
@@ -53,7 +53,7 @@ void plan_attention(CudaDecodePlan& plan, const Shape& s, const CudaDecodeFacts&
   plan.slots = std::min(s.top_k, s.context / s.chunk_size);
   plan.shared_slots = plan.slots <= kDecodeSharedSlots;
   const int64_t keys = saturated_product({plan.slots, s.chunk_size});
-  const int64_t wanted = ceil_div(kBlocksPerSm * device.sms, std::max<int64_t>(1, plan.rows));
+  const int64_t wanted = ceil_div(device.tuning.decode_blocks * device.sms, std::max<int64_t>(1, plan.rows));
   plan.splits = std::clamp<int64_t>(std::min(wanted, ceil_div(keys, keys_per_block(plan))), 1, wanted);
   if (!plan.shared_slots)
     plan.splits = std::clamp<int64_t>(

@@ -8,9 +8,7 @@ namespace {
 constexpr int64_t kWindowBytes = 256 << 20;  // of the candidates of one launch
 constexpr int64_t kExactBytes = 64 << 20;    // of the keys of all blocks
 constexpr int64_t kBlocksPerSm = 2;
-constexpr int64_t kMostSplits = 8;
-constexpr int64_t kFinishSteps = 4;  // what it costs to finish the candidates of one more split, in steps
-constexpr int64_t kSpare = 4;        // candidates beyond k: with fewer, near-ties leave rows uncertain
+constexpr int64_t kSpare = 4;  // candidates beyond k: with fewer, near-ties leave rows uncertain
 constexpr int64_t kPinnedElements = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -34,8 +32,9 @@ void choose_candidates(CudaSearchPlan& plan, const Shape& s, DType dtype, const 
   const int64_t wanted = kBlocksPerSm * device.sms / std::max<int64_t>(1, plan.tiles);
   const int64_t steps = ceil_div(chunks_of(s), kSearchStepChunks);
   // A block of s splits takes steps / s, and the last of them finishes s times as many candidates.
-  const int64_t most = std::min({wanted, kMostSplits, most_groups / plan.passes});
-  while (plan.splits < most && kFinishSteps * (plan.splits + 1) * (plan.splits + 1) <= steps) ++plan.splits;
+  const int64_t most = std::min({wanted, device.tuning.search_splits, most_groups / plan.passes});
+  while (plan.splits < most && device.tuning.search_finish * (plan.splits + 1) * (plan.splits + 1) <= steps)
+    ++plan.splits;
 }
 
 const char* reason_of(const CudaSearchPlan& plan) {

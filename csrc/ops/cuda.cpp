@@ -7,6 +7,8 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "ops/tuning.h"
+
 // In libtorch_cuda, which torch has only where it was built with CUDA. Weak, so that this library loads
 // anyway; libtorch.so, which we link, is what brings libtorch_cuda into scope.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
@@ -40,7 +42,9 @@ CudaCall::CudaCall(const Tensor& like)
     : like_(like),
       stream_(current_stream(like)),
       guard_(like.get_device_index()),
-      device_(describe(like.get_device_index())) {}
+      device_(describe(like.get_device_index())) {
+  device_.tuning = cuda_tuning();
+}
 
 Tensor CudaCall::workspace(int64_t bytes) const { return empty(like_, {bytes}, ScalarType::Byte); }
 

@@ -27,7 +27,7 @@ class CudaCall {
   Tensor like_;
   cuda::Stream stream_;  // before the guard: it names what is missing where torch has no CUDA
   torch::stable::accelerator::DeviceGuard guard_;
-  const CudaDevice& device_;
+  CudaDevice device_;
 };
 
 }  // namespace resona::ops

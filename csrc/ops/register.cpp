@@ -8,6 +8,7 @@
 #include "cpu/kernels.h"
 #include "cpu/stage_clock.h"
 #include "ops/ops.h"
+#include "ops/tuning.h"
 
 namespace {
 
@@ -110,6 +111,8 @@ STABLE_TORCH_LIBRARY(resona, m) {
       "-> (Tensor query_gradient, Tensor key_gradient, Tensor value_gradient, Tensor bias_gradient, "
       "Tensor sink_gradient)");
   m.def("_build_info() -> str");
+  // What CUDA plans weigh kernels with (common/cuda_tuning.h), for sweeps; returns the value before
+  m.def("_tune_cuda(str name, int value) -> int");
   // JSON: seconds by stage on the CPU since the last call; for benchmarks
   m.def("_cpu_stage_times(bool go_on) -> str");
   m.def(
@@ -124,6 +127,7 @@ STABLE_TORCH_LIBRARY_IMPL(resona, CUDA, m) { implement(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(resona, CompositeExplicitAutograd, m) {
   m.impl("_build_info", TORCH_BOX(&build_info));
+  m.impl("_tune_cuda", TORCH_BOX(&resona::ops::tune_cuda));
   m.impl("_cpu_stage_times", TORCH_BOX(&resona::cpu::read_stage_clock));
   m.impl("_plan_two_level", TORCH_BOX(&plan_two_level));
 }

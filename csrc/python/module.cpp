@@ -107,7 +107,11 @@ Stage index_stage(const resona::CudaIndexPlan& p) {
     return {"index",
             p.kernel,
             p.reason,
-            {{"passes", p.passes}, {"digit_bits", p.digit_bits}, {"tiles", p.tiles}}};
+            {{"passes", p.passes},
+             {"digit_bits", p.digit_bits},
+             {"tiles", p.tiles},
+             {"slot_blocks", p.slot_blocks},
+             {"key_blocks", p.key_blocks}}};
   return {"index",
           p.kernel,
           p.reason,
@@ -187,10 +191,18 @@ Stage decode_stage(const resona::CudaDecodePlan& p) {
 
 // The fused call, its stages, and what else has CUDA kernels, for tensors as torch allocates them.
 PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t sm,
-                   int64_t sms) {
+                   int64_t sms, const std::map<std::string, int64_t>& tuning) {
   require(sm >= 80, "sm", "at least 80", std::to_string(sm));
   require(sms >= 1 && sms <= 1 << 16, "sms", "1 to 65536", std::to_string(sms));
-  const resona::CudaDevice device = resona::typical_cuda_device(sm, sms);
+  resona::CudaDevice device = resona::typical_cuda_device(sm, sms);
+  for (const auto& [name, value] : tuning) {
+    const resona::TuningField* field = resona::find_tuning_field(name);
+    require(field != nullptr, "tuning", "names of CudaTuning", name);
+    const std::string range = std::to_string(field->least) + " to " + std::to_string(field->most);
+    require(value >= field->least && value <= field->most, "tuning", name + " of " + range,
+            std::to_string(value));
+    device.tuning.*field->value = value;
+  }
   const bool vector_rows = s.retrieval_dim * resona::size_of(embeddings) % 16 == 0;
   const resona::CudaFacts facts{vector_rows, resona::CudaFacts::kNotPacked};
   const resona::CudaFacts row_facts{s.head_dim * resona::size_of(rows) % 16 == 0, facts.sequences};
@@ -233,7 +245,8 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
 PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t heads, int64_t kv_heads,
                    int64_t head_dim, int64_t retrieval_heads, int64_t retrieval_dim, int64_t chunk_size,
                    int64_t top_k, const std::string& dtype, const std::string& embedding_dtype,
-                   const std::string& device, int64_t threads, int64_t sm, int64_t sms) {
+                   const std::string& device, int64_t threads, int64_t sm, int64_t sms,
+                   const std::map<std::string, int64_t>& tuning) {
   const resona::Shape s{batch,    queries,         context,       heads,      kv_heads,
                         head_dim, retrieval_heads, retrieval_dim, chunk_size, top_k};
   check(s);
@@ -244,7 +257,7 @@ PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t head
   require(device == "cuda", "device", "cpu or cuda", device);
   for (const auto& [argument, type] : {std::pair("dtype", rows), std::pair("embedding_dtype", embeddings)})
     require(type != resona::DType::kFloat64, argument, "float32, float16 or bfloat16 on CUDA", "float64");
-  return cuda_plan(s, rows, embeddings, sm, sms);
+  return cuda_plan(s, rows, embeddings, sm, sms, tuning);
 }
 
 }  // namespace
@@ -264,6 +277,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("retrieval_heads"),
         py::arg("retrieval_dim"), py::arg("chunk_size"), py::arg("top_k"), py::arg("dtype") = "float32",
         py::arg("embedding_dtype") = "", py::arg("device") = "cpu", py::arg("threads") = 1,
-        py::arg("sm") = 90, py::arg("sms") = 132,
+        py::arg("sm") = 90, py::arg("sms") = 132, py::arg("tuning") = std::map<std::string, int64_t>(),
         "Which kernels a problem would run, with which tiles and why. Raises ValueError if it is not legal.");
 }

@@ -60,6 +60,12 @@ def test_every_step_names_operators_and_lengths_of_the_suite():
             assert arguments.lengths is None or arguments.lengths in lengths, step
 
 
+def test_tuning_sweeps_run_dry(tmp_path):
+    status, kept = record(tmp_path, "--device", "cpu", "--steps", "tuning")
+    assert status == 0, kept["steps"]["tuning"]
+    assert kept["steps"]["tuning"]["whole"] and kept["steps"]["tuning"]["rows"] > 50
+
+
 def test_unknown_steps_are_refused(capsys):
     with pytest.raises(SystemExit):
         gpu_record.parse(["--steps", "smoke,dance"])
