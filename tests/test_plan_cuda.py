@@ -220,6 +220,8 @@ def test_few_queries_share_their_keys():
 SPLITS_AND_PASSES = dict(queries=2048, context=65536, chunk_size=16, top_k=32)
 SORTED = dict(queries=131072, context=131072, chunk_size=16, top_k=1)  # 8192 chunks: two passes
 
+TINY = dict(queries=65536, context=65536, chunk_size=2, top_k=2)
+
 # Launches of a fused call: pool, search, attend; chunk by chunk also two for the index, and a merge.
 LAUNCHES = [
     (dict(), 5),
@@ -228,6 +230,7 @@ LAUNCHES = [
     (SPLITS_AND_PASSES, 5),
     (dict(queries=65536, context=65536), 5),
     (dict(chunk_size=2, top_k=1), 3),
+    (TINY, 2),
     (dict(chunk_size=4, top_k=8), 3),
     (dict(queries=4096, context=4096), 3),
     (dict(queries=1), 3),
@@ -241,6 +244,39 @@ LAUNCHES = [
 @pytest.mark.parametrize("changes, launches", LAUNCHES)
 def test_launches_of_a_call(changes, launches):
     assert parameters("fused", **changes)["launches"] == launches
+
+
+# Changes to it -> does the search attend to what it finds, in its own launch?
+ATTENDS = [
+    (dict(), 1),
+    (dict(dtype="float32"), 1),
+    (dict(chunk_size=4, top_k=1), 1),
+    (dict(chunk_size=1), 1),
+    (dict(head_dim=128, retrieval_dim=128, dtype="float16"), 1),
+    (dict(heads=6, kv_heads=2), 1),
+    (dict(retrieval_heads=2), 1),
+    (dict(queries=264 * 128), 1),  # two blocks per multiprocessor, as many as run at once
+    (dict(queries=263 * 128), 0),
+    (dict(batch=66, queries=512, context=512), 1),
+    (dict(chunk_size=3), 0),  # six keys a row
+    (dict(chunk_size=5, top_k=1), 0),
+    (dict(chunk_size=1, top_k=3), 0),  # more slots than are kept
+    (dict(dtype="float32", embedding_dtype="bfloat16"), 0),
+    (dict(retrieval_dim=136), 0),  # 16-bit queries that do not fit registers
+    (dict(retrieval_dim=136, dtype="float32"), 1),
+    (dict(head_dim=136), 0),  # 32 lanes a row
+    (dict(head_dim=60), 0),  # rows off 16-byte borders
+    (dict(heads=4, kv_heads=1), 0),  # several heads at once
+    (dict(heads=4, kv_heads=1, dtype="float32"), 0),
+    (dict(batch=0), 0),
+]
+
+
+@pytest.mark.parametrize("changes, attends", ATTENDS)
+def test_who_attends_to_tiny_chunks(changes, attends):
+    fused = plan(**{**TINY, **changes}).stages[0]
+    assert fused.parameters["attends"] == attends
+    assert ("the search attends" in fused.reason) == bool(attends)
 
 
 # L, chunk_size, top_k -> ranges of queries that a call is cut into, with 16 heads of 128 elements

@@ -8,6 +8,8 @@
 
 namespace resona {
 
+constexpr int64_t kSearchAttendMostSlots = 2;  // of k; search_attend.cu asserts that the kernel agrees
+
 struct CudaFusedFacts {
   DType embedding_dtype;
   bool vector_context;  // rows of the context embedding are rows_of_16_bytes
@@ -20,6 +22,7 @@ struct CudaFusedStages {
   CudaSearchPlan search;
   CudaAttendPlan attend;
   bool counted;  // the search counts what the index of attention would count in a launch of its own
+  bool attends;  // the search attends to what it finds: csrc/cuda/search_attend.cuh
   int64_t launches;
 
   int64_t counts() const { return counted ? attend.index.query_tiles * attend.index.count_pitch : 0; }

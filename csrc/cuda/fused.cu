@@ -49,6 +49,10 @@ void retrieve_attend(const FusedProblem& problem, const CudaFusedPlan& plan, voi
       p.retrieve.tile_counts = arrays.tile_counts, p.retrieve.count_pitch = stages.attend.index.count_pitch;
       p.attend.tile_counts = arrays.tile_counts;
     }
+    if (stages.attends) {
+      search_attend(p, stages, packed, workspace, stream);
+      continue;
+    }
     retrieve(p.retrieve, stages.search, packed, workspace, stream);
     attend(p.attend, stages.attend, packed, workspace, stream);
   }

@@ -3,11 +3,11 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "common/plan_search_cuda.h"
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/search_exact.cuh"
+#include "cuda/search_launch.cuh"
 #include "cuda/stages.h"
 
 namespace resona::cuda {
@@ -37,20 +37,6 @@ SearchInstance<T> instance_of(const CudaSearchPlan& plan) {
   throw std::logic_error("resona::cuda: search_kernel: the plan names an instance that does not exist");
 }
 
-template <class T>
-SearchOperand<T> operand(const Rows& r, int64_t dim) {
-  return {static_cast<const T*>(r.data), r.batch_stride, r.token_stride, r.head_stride,
-          rows_of_16_bytes(r, dim)};
-}
-
-SearchRows rows_of(const Shape& s, const PackedSequences& packed) {
-  SearchRows rows{};
-  rows.batch = s.batch, rows.queries = s.queries, rows.heads = s.retrieval_heads, rows.dim = s.retrieval_dim;
-  rows.context = s.context, rows.chunk_size = s.chunk_size, rows.chunks = s.context / s.chunk_size;
-  rows.packed = packed;
-  return rows;
-}
-
 // One call: what all its launches share.
 template <class T>
 struct Search {
@@ -66,8 +52,8 @@ struct Search {
     launch({name, {blocks}, threads, shared_bytes, true, plan.reason}, stream, kernel, parameters);
   }
 
-  SearchOperand<T> query() const { return operand<T>(problem.query, problem.shape.retrieval_dim); }
-  SearchOperand<T> chunk() const { return operand<T>(problem.chunks, problem.shape.retrieval_dim); }
+  SearchOperand<T> query() const { return search_operand<T>(problem.query, problem.shape.retrieval_dim); }
+  SearchOperand<T> chunk() const { return search_operand<T>(problem.chunks, problem.shape.retrieval_dim); }
 
   void find_norms() const {
     const Shape& s = problem.shape;
@@ -80,33 +66,20 @@ struct Search {
                 p);
   }
 
-  SearchResults results() const {
-    return {problem.shape.top_k, problem.indices, static_cast<float*>(problem.scores)};
-  }
-
   void find(const SearchRows& rows) const {
     const SearchInstance<T> instance = instance_of<T>(plan);
-    SearchParams<T> p{};
-    p.rows = rows;
-    p.query = query(), p.chunk = chunk();
-    p.norms = arrays.norms;
-    p.error = sizeof(T) == 2 ? mma16_error(rows.dim) : tf32x3_error(rows.dim);
-    p.results = results();
-    p.tile_counts = problem.tile_counts, p.count_pitch = static_cast<int>(problem.count_pitch);
-    p.splits = static_cast<int>(plan.splits), p.passes = static_cast<int>(plan.passes);
-    p.candidates = arrays.candidates, p.cutoffs = arrays.cutoffs, p.tickets = arrays.tickets;
-    launch_next("search_kernel", rows.tiles * plan.splits, kSearchThreads, instance.kernel, p,
-                instance.shared_bytes);
+    launch_next("search_kernel", rows.tiles * plan.splits, kSearchThreads, instance.kernel,
+                search_params<T>(problem, plan, arrays, rows), instance.shared_bytes);
   }
 
   void score_all(const SearchRows& rows) const {
     launch_next("search_exact_kernel", plan.exact_blocks, SearchExactConfig::kThreads, search_exact_kernel<T>,
-                {rows, query(), chunk(), results(), arrays.keys});
+                {rows, query(), chunk(), search_results(problem), arrays.keys});
   }
 
   void run() const {
     if (plan.norms) find_norms();
-    SearchRows rows = rows_of(problem.shape, packed);
+    SearchRows rows = search_rows_of(problem.shape, packed);
     for (rows.first_tile = 0; rows.first_tile < plan.tiles; rows.first_tile += plan.window_tiles) {
       const int64_t left = plan.tiles - rows.first_tile;
       rows.tiles = left < plan.window_tiles ? left : plan.window_tiles;

@@ -249,15 +249,13 @@ __device__ __forceinline__ void search_chunks(const SearchParams<T>& p, const Se
   __syncthreads();  // the stages are done with: others take their place
 }
 
-template <class Config>
-__global__ void __launch_bounds__(kSearchThreads, Config::kMinBlocks)
-    search_kernel(const __grid_constant__ SearchParams<typename Config::Element> p) {
-  RESONA_DYNAMIC_SHARED(shared);
-  RESONA_SHARED(SearchBlock, block);
-  using Storage = SearchStorage<Config::kCandidates>;
+// All of a block's work. Returns whether it was the one to finish the rows: their results are there for all
+// its threads, in shared memory too if Storage keeps them.
+template <class Config, class Storage, class T>
+__device__ __forceinline__ bool search_rows(const SearchParams<T>& p, SearchBlock& block,
+                                            unsigned char* shared) {
   static_assert(sizeof(Storage) <= Config::kSharedBytes, "the end takes the place of the stages");
   Storage& storage = *reinterpret_cast<Storage*>(shared);
-  ptx::griddepcontrol_wait();
   if (threadIdx.x == 0) find_block(p, block);
   __syncthreads();
   const LaneRows mine = lane_rows(p.rows, block.id.query);
@@ -280,11 +278,20 @@ __global__ void __launch_bounds__(kSearchThreads, Config::kMinBlocks)
     }
     __syncthreads();
   }
-  if (p.splits == 1 || storage.is_last) {
-    store_rows(p, block, mine, storage);
-    __syncthreads();  // whoever finishes a row finds it and its candidates
-    SearchFinish<typename Config::Element, Storage>{p, block.id, storage, block.tile}.run();
-  }
+  if (p.splits > 1 && !storage.is_last) return false;
+  store_rows(p, block, mine, storage);
+  __syncthreads();  // whoever finishes a row finds it and its candidates
+  SearchFinish<T, Storage>{p, block.id, storage, block.tile}.run();
+  return true;
+}
+
+template <class Config>
+__global__ void __launch_bounds__(kSearchThreads, Config::kMinBlocks)
+    search_kernel(const __grid_constant__ SearchParams<typename Config::Element> p) {
+  RESONA_DYNAMIC_SHARED(shared);
+  RESONA_SHARED(SearchBlock, block);
+  ptx::griddepcontrol_wait();
+  search_rows<Config, SearchStorage<Config::kCandidates>>(p, block, shared);
   ptx::griddepcontrol_launch_dependents();
 }
 

@@ -47,6 +47,7 @@ struct SearchStorage {
   uint32_t uncertain_rows, joined;
   uint32_t uncertain[kSearchRows];
   bool is_last;
+  static constexpr bool kKeepsResults = false;
 };
 
 // How many keys are larger.
@@ -116,6 +117,13 @@ struct SearchFinish {
     return kth != 0 && static_cast<double>(bound) < filter_limit(score_of_key(kth), norm, largest, p.error);
   }
 
+  // Key 0: an unused slot.
+  __device__ __forceinline__ void put(int row, int64_t slot, uint64_t key) const {
+    const int64_t top_k = p.results.top_k;
+    write_slot(p.results, p.results.slots_of(p.rows, id, row) + slot, key);
+    if constexpr (Storage::kKeepsResults) write_slot(storage.results(top_k), row * top_k + slot, key);
+  }
+
   // Rows [first, first + rows) of the block, by one warp.
   __device__ __forceinline__ void finish_rows(int first, int rows, int count, uint64_t* keys) const {
     const int lane = threadIdx.x % kWarpSize;
@@ -129,7 +137,7 @@ struct SearchFinish {
       const uint64_t key = keys[i];
       if (key == 0 || storage.norm[row] == 0) continue;
       const int rank = rank_of(key, keys + of_row * count, count);
-      if (rank < p.results.top_k) write_slot(p.results, p.results.slots_of(p.rows, id, row) + rank, key);
+      if (rank < p.results.top_k) put(row, rank, key);
       if (rank == p.results.top_k - 1) storage.kth[row] = key;
     }
     if (lane < rows) {
@@ -141,10 +149,8 @@ struct SearchFinish {
     for (int row = first; row < first + rows && row < existing_rows(); ++row) {
       // A query of norm zero scores 0 with every chunk: the first ones.
       const bool zero = storage.norm[row] == 0;
-      const int64_t slots = p.results.slots_of(p.rows, id, row);
       for (int64_t slot = (zero ? 0 : storage.found[row]) + lane; slot < p.results.top_k; slot += kWarpSize)
-        write_slot(p.results, slots + slot,
-                   zero && slot < storage.eligible[row] ? search_key(0, static_cast<int>(slot)) : 0);
+        put(row, slot, zero && slot < storage.eligible[row] ? search_key(0, static_cast<int>(slot)) : 0);
     }
     const int row = first + lane;
     if (lane < rows && row < existing_rows() && !is_certain(row))
@@ -180,9 +186,8 @@ struct SearchFinish {
       kept = count < most ? count : most;
       if (kept == most) bound = storage.kept[most - 1];
     }
-    const int64_t slots = p.results.slots_of(p.rows, id, row);
     for (int64_t slot = thread; slot < p.results.top_k; slot += kSearchThreads)
-      write_slot(p.results, slots + slot, slot < kept ? storage.kept[slot] : 0);
+      put(row, slot, slot < kept ? storage.kept[slot] : 0);
     __syncthreads();  // written before the next row's keys replace them
   }
 

@@ -67,7 +67,7 @@ struct SearchParams {
   __device__ __forceinline__ int groups() const { return passes * splits; }
 };
 
-// Key 0: an unused slot.
+// Key 0: an unused slot. The results of a block may be in shared memory too.
 __device__ __forceinline__ void write_slot(const SearchResults& results, int64_t at, uint64_t key) {
   results.indices[at] = key == 0 ? -1 : chunk_of_key(key);
   results.scores[at] = key == 0 ? kLowest : score_of_key(key);

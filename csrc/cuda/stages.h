@@ -2,8 +2,7 @@
 // stands.
 #pragma once
 
-#include "common/plan_attend_cuda.h"
-#include "common/plan_search_cuda.h"
+#include "common/plan_fused_cuda.h"
 #include "cuda/launch.h"
 #include "cuda/sequences.cuh"
 
@@ -20,6 +19,9 @@ void pool_chunks(const PoolProblem&, const CudaPoolPlan&, const PackedSequences&
 // The tickets of unit chunks have been cleared.
 void retrieve(const RetrieveProblem&, const CudaSearchPlan&, const PackedSequences&, Workspace, Stream);
 void attend(const AttendProblem&, const CudaAttendPlan&, const PackedSequences&, Workspace, Stream);
+
+// Both of them, where the plan says `attends`.
+void search_attend(const FusedProblem&, const CudaFusedStages&, const PackedSequences&, Workspace, Stream);
 
 // The paths of attention; the plan names one.
 void attend_query(const AttendProblem&, const CudaAttendPlan&, const PackedSequences&, Stream);

@@ -219,6 +219,7 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
             fused.reason,
             {{"batch", fused.batch},
              {"launches", fused.launches},
+             {"attends", fused.part.attends},
              {"chunk_bytes", fused.chunk_bytes},
              {"workspace_bytes", fused.workspace_bytes}}},
            pool_stage("pool", fused.part.pool),

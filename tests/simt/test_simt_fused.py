@@ -6,6 +6,7 @@ says about launches is counted.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class Fused:
     spoil: object = None
     sms: int = 2
     part: int = 0  # batch entries at a time; 0: as the plan says
+    apart: int = 0  # 1: search and attention are launches of their own, whatever the plan says
 
     def __post_init__(self):
         torch.manual_seed(0)
@@ -102,7 +104,7 @@ class Fused:
 
     def case(self) -> Case:
         inputs = {name: storage(x) for name, x in self.tensors.items() if x is not None}
-        scalars = {name: getattr(self, name) for name in (*SIZES, "sms", "part")}
+        scalars = {name: getattr(self, name) for name in (*SIZES, "sms", "part", "apart")}
         scalars |= {"sequences": len(self.lengths), "scale": repr(self.head_dim**-0.5)}
         embedding = self.tensors["context_embedding"].dtype
         scalars |= {"dtype": name_of(self.dtype), "embedding_dtype": name_of(embedding)}
@@ -147,12 +149,13 @@ class Plan:
     workspace_bytes: int
     launches: int
     path: str
+    attends: bool  # the search does, in its own launch
 
 
 def plan_of(inputs, scalars) -> Plan:
-    facts = np.zeros(3, np.int64)
+    facts = np.zeros(4, np.int64)
     harness.build("plain").run("fused_plan", inputs, {"facts": facts}, **scalars)
-    return Plan(int(facts[0]), int(facts[1]), PATHS[facts[2]])
+    return Plan(int(facts[0]), int(facts[1]), PATHS[facts[2]], bool(facts[3]))
 
 
 # Fields, and the launches that they must not exceed.
@@ -237,12 +240,57 @@ def test_contexts_whose_chunks_have_no_unit_norm(plain, dtype, spoil):
         Fused(dtype, spoil=spoil, **fields).check(plain)
 
 
+# One sequence of some hundred queries on one multiprocessor: enough tiles for the search to attend itself.
+TINY = dict(queries=150, context=150, chunk_size=2, top_k=2, sms=1)
+TOGETHER = {
+    "two chunks": TINY,
+    "one chunk, 16 lanes": {**TINY, "chunk_size": 4, "top_k": 1, "head_dim": 72},
+    "single tokens": {**TINY, "chunk_size": 1, "context": 163},
+    "scored, sink": {**TINY, "head_dim": 40, "scored": True, "sink": True},
+    "heads": {
+        **TINY,
+        **dict(queries=20, context=23, batch=2, heads=12, kv_heads=4, retrieval_heads=2),
+        **dict(scored=True, sink=True),
+    },
+    "packed": {**TINY, "lengths": (90, 0, 1, 3, 70), "scored": True},
+    "packed heads": {
+        **TINY,
+        **dict(lengths=(7, 60, 30), heads=4, kv_heads=4, retrieval_heads=2),
+    },
+    "parts of a batch": {
+        **TINY,
+        "queries": 5,
+        "batch": 5,
+        "part": 2,
+        "sink": True,
+    },  # the last: apart
+    "ties": {**TINY, "letters": 2, "scored": True, "retrieval_dim": 37},
+    "spoilt": {**TINY, "spoil": mostly_bad, "head_dim": 128},
+    "no chunk": {**TINY, "chunk_size": 4, "top_k": 1, "lengths": (3,) * 50},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("fields", TOGETHER.values(), ids=TOGETHER)
+def test_search_that_attends_gives_the_bits_of_two_launches(plain, dtype, fields):
+    """Results are held to the CPU and to the reference, then to those of the same call in more launches."""
+    problem = Fused(dtype, **fields)
+    problem.tensors["query_embedding"][:, ::7] = 0  # they retrieve the first chunks
+    case = problem.check(plain)
+    for schedule in SCHEDULES[3::8]:
+        case.check(plain, schedule)
+    together = plan_of(case.inputs, case.scalars)
+    case.scalars["apart"] = 1
+    apart = plan_of(case.inputs, case.scalars)
+    assert together.attends and not apart.attends and together.launches < apart.launches
+    case.expected["launches"][:] = apart.launches
+    case.check(plain, ANY)
+
+
 def covering() -> list[Fused]:
     names = ("query", "chunk", "packed", "ties", "splits")
-    return [
-        Fused(dtype, **PROBLEMS[name][0])
-        for name, dtype in zip(names, (*DTYPES, *DTYPES[:2]), strict=True)
-    ]
+    fields = [PROBLEMS[name][0] for name in names] + [TOGETHER["heads"], TOGETHER["ties"]]
+    return [Fused(dtype, **f) for f, dtype in zip(fields, itertools.cycle(DTYPES), strict=False)]
 
 
 def test_no_race_under_any_schedule(plain, race):

@@ -1,6 +1,8 @@
-// The CUDA side of `fused_retrieve_attend`, from the problem on: fused.cu and its plan. The stages are those
-// of the runners search, stage_pool and stage_attend.
+// The CUDA side of `fused_retrieve_attend`, from the problem on: fused.cu, its plan and search_attend.cu. The
+// other stages are those of the runners search, stage_pool and stage_attend.
 #include "cuda/fused.cu"
+#include "cuda/search_attend.cu"
+
 #include "common/plan_fused_cuda.cpp"
 
 #include <cstdlib>
@@ -75,6 +77,10 @@ CudaFusedPlan plan_of(const simt::Arguments& a, const FusedProblem& p) {
   CudaFusedPlan plan = plan_fused_cuda(s, facts, device);
   // As if there were room for so many batch entries only.
   if (a.integer("part") > 0) divide(plan, a.integer("part"), s, facts, device);
+  if (a.integer("apart") != 0) {  // search and attention in launches of their own, whatever the plan says
+    plan.launches += (s.batch - 1) / plan.batch * plan.part.attends + plan.last.attends;
+    plan.part.attends = plan.last.attends = false;
+  }
   return plan;
 }
 
@@ -82,7 +88,7 @@ void run_plan(const simt::Arguments& a) {
   const CudaFusedPlan plan = plan_of(a, problem_of(a));
   int64_t* facts = a.array<int64_t>("facts");
   facts[0] = plan.workspace_bytes, facts[1] = plan.launches,
-  facts[2] = static_cast<int64_t>(plan.part.attend.path);
+  facts[2] = static_cast<int64_t>(plan.part.attend.path), facts[3] = plan.part.attends;
 }
 
 void run(const simt::Arguments& a) {
