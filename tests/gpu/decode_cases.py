@@ -1,4 +1,4 @@
-"""The decode step as gpu_cases.py wants it: it writes in place, so what it wrote counts as a result."""
+"""The decode step as gpu_operators.py wants it: it writes in place, so what it wrote counts as a result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from resona_ext import ChunkCache, reference
 
 if TYPE_CHECKING:
-    from gpu_cases import Arguments, Case
+    from gpu_operators import Arguments, Case
 
 ops = torch.ops.resona
 STATE = ("key_cache", "value_cache", "chunk_embedding", "open_sum", "history", "lengths")

@@ -3,8 +3,10 @@
 import json
 
 import gpu_cases
+import gpu_runs
 import pytest
 import torch
+from gpu_operators import Case
 
 
 def why_not() -> str | None:
@@ -30,19 +32,19 @@ def test_on_cpu(job, threads):
 
 def test_a_wrong_result_is_seen():
     expected = torch.tensor([1.0, -0.0, float("nan")])
-    gpu_cases.assert_same_bits("x", expected.clone(), expected)
+    gpu_runs.assert_same_bits("x", expected.clone(), expected)
     for i, value in ((0, 1.0000001), (1, 0.0), (2, 3.0)):
         other = expected.clone()
         other[i] = value
         with pytest.raises(
             AssertionError, match=rf"x: 1 of 3 elements differ, the first at \[{i}\]"
         ):
-            gpu_cases.assert_same_bits("x", other, expected)
+            gpu_runs.assert_same_bits("x", other, expected)
 
 
 @pytest.mark.parametrize("op", ["pool_chunks", "retrieve"])
 def test_a_wrong_gradient_is_seen(op):
-    problem = gpu_cases.Problem(gpu_cases.Case(op, "small"))
+    problem = gpu_runs.Problem(Case(op, "small"))
     names = problem.operator.differentiable
     right = problem._reference_gradients(problem.arguments)
     problem.check_gradients(right)

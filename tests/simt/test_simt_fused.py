@@ -287,6 +287,21 @@ def test_search_that_attends_gives_the_bits_of_two_launches(plain, dtype, fields
     case.check(plain, ANY)
 
 
+@pytest.mark.parametrize("wrong", [[0, 90, 10, 161], [-7, 20, 2**31 - 1, 5], [5, 5, 5, 5]])
+@pytest.mark.parametrize("name", ["query", "query_mma", "dense", "chunk", "search attends"])
+def test_wrong_cu_seqlens_reach_no_foreign_memory(race, name, wrong):
+    """The host never looks at them; the race build reports any access out of bounds."""
+    fields = TINY if name == "search attends" else PROBLEMS[name][0]
+    case = Fused(
+        torch.float16, **{**fields, "lengths": (60, 41, 60), "scored": name != "dense"}
+    ).case()
+    plan = plan_of(case.inputs, case.scalars)
+    assert plan.attends if fields is TINY else plan.path == name
+    case.inputs["cu_seqlens"] = np.array(wrong, np.int32)
+    case.workspace |= {name: case.expected.pop(name) for name in ("indices", "scores")}
+    case.check(race, ANY)
+
+
 def covering() -> list[Fused]:
     names = ("query", "chunk", "packed", "ties", "splits")
     fields = [PROBLEMS[name][0] for name in names] + [TOGETHER["heads"], TOGETHER["ties"]]

@@ -235,9 +235,13 @@ DROPPED = {
 }
 
 
+RUNNERS = {"pool.cuh": "pool.cpp", "scan.cuh": "launches.cpp"}
+
+
 @pytest.mark.parametrize("header, old, new", DROPPED.values(), ids=DROPPED)
 def test_race_build_notices_a_dropped_line(header, old, new):
-    sim = harness.mutant("race", "pool.cpp", header, old, new)
+    # chunk_offsets_kernel, which has the scan, is in the runner of packed.cu.
+    sim = harness.mutant("race", RUNNERS[header], header, old, new)
     x = torch.randn(1, 1100, 1, 264)
     case = pool_case(x, 3, [4] * 275, choice=(16, True))
     with pytest.raises(sim.Error, match=r"race: |nobody has written|without griddepcontrol_wait"):

@@ -1,5 +1,5 @@
 // The CUDA side of `fused_retrieve_attend`, from the problem on: fused.cu, its plan and search_attend.cu. The
-// other stages are those of the runners search, stage_pool and stage_attend.
+// other stages are those of the runners search, pool and stage_attend.
 #include "cuda/fused.cu"
 #include "cuda/search_attend.cu"
 

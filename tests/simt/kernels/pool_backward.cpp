@@ -1,66 +1,40 @@
-// pool_backward_kernel and chunk_offsets_kernel on arrays from Python.
-#include "cuda/pool_backward.cuh"
+// The CUDA side of the gradient of `pool_chunks`: pool_backward.cu itself. "pool_backward" runs the instance
+// that a test names, "stage_pool_backward" the one that the plan does.
+#include "cuda/pool_backward.cu"
 
-#include <stdexcept>
-
-#include "runtime/arguments.h"
+#include "kernels/pool_arguments.h"
 
 namespace {
 
-using namespace resona::cuda;
-
-template <class T, int kLanes, bool kVector>
-void launch_pool_backward(const PoolBackwardParams<T>& p, int64_t blocks) {
-  using Config = PoolBackwardConfig<T, kLanes, kVector>;
-  const simt::LaunchConfig launch{"pool_backward_kernel", dim3(static_cast<unsigned>(blocks)),
-                                  dim3(Config::kThreads), 0, p.forward.packed.cu_seqlens != nullptr};
-  simt::launch(launch, [p] { pool_backward_kernel<Config>(p); });
-}
-
-template <class T>
-void run_pool_backward_of(const simt::Arguments& a) {
-  PoolBackwardParams<T> p{};
-  p.chunk_gradient = a.array<T>("chunk_gradient");
-  p.context_gradient = a.array<T>("context_gradient");
-  PoolParams<T>& f = p.forward;
-  f.context = a.array<T>("context");
-  f.batch_stride = a.integer("batch_stride");
-  f.token_stride = a.integer("token_stride");
-  f.head_stride = a.integer("head_stride");
-  f.batch = a.integer("batch");
-  f.length = a.integer("length");
-  f.heads = a.integer("heads");
-  f.dim = a.integer("dim");
-  f.chunk_size = a.integer("chunk_size");
-  f.chunks_per_batch = f.length / f.chunk_size;
-  f.packed.cu_seqlens = a.optional_array<int32_t>("cu_seqlens");
-  if (f.packed.cu_seqlens) {
-    int32_t* chunk_begin = a.array<int32_t>("chunk_begin");
-    f.packed.count = a.integer("sequences");
-    f.packed.chunk_begin = chunk_begin;
-    const ChunkOffsetsParams offsets{f.packed.cu_seqlens, chunk_begin, f.packed.count, f.length,
-                                     f.chunk_size};
-    simt::launch({"chunk_offsets_kernel", dim3(1), dim3(ChunkOffsetsConfig::kThreads)},
-                 [offsets] { chunk_offsets_kernel(offsets); });
-  }
-  const int64_t blocks = a.integer("blocks"), lanes = a.integer("lanes");
-  const bool vector = a.integer("vector") != 0;
-#define LAUNCH(Element, kLanes, kVector)                                                                  \
-  if constexpr (std::is_same_v<Element, T>) {                                                             \
-    if (lanes == kLanes && vector == kVector) return launch_pool_backward<T, kLanes, kVector>(p, blocks); \
-  }
-  RESONA_POOL_BACKWARD_INSTANCES(LAUNCH)
-#undef LAUNCH
-  throw std::invalid_argument("pool_backward: no such instance");
-}
+using namespace resona;
 
 void run_pool_backward(const simt::Arguments& a) {
-  const std::string& dtype = a.text("dtype");
-  if (dtype == "float32") return run_pool_backward_of<float>(a);
-  if (dtype == "float16") return run_pool_backward_of<Half>(a);
-  run_pool_backward_of<BFloat16>(a);
+  const Shape s = pools::shape_of(a);
+  const PoolBackwardProblem p{s,
+                              nullptr,
+                              stages::packed_of(a),
+                              pools::context_of(a),
+                              pools::rows_of(a, "chunk_gradient", s.context / s.chunk_size),
+                              pools::rows_to_write(a, "context_gradient", s.context)};
+  cuda::pool_chunks_backward(p, pools::plan_of(a), pools::workspace_of(a), {});
 }
 
-const simt::Registration registration("pool_backward", run_pool_backward);
+void run_stage(const simt::Arguments& a) {
+  const Shape s = stages::shape_of(a);
+  const PoolBackwardProblem p{s,
+                              nullptr,
+                              stages::packed_of(a),
+                              stages::rows_of(a, "context", s.context),
+                              stages::rows_of(a, "chunk_gradient", s.context / s.chunk_size),
+                              stages::rows_to_write(a, "context_gradient", s.context)};
+  const int64_t dim = s.retrieval_dim;
+  const bool vector = rows_of_16_bytes(p.context, dim) && rows_of_16_bytes(p.chunk_gradient, dim) &&
+                      rows_of_16_bytes(p.context_gradient, dim);
+  const CudaPoolPlan plan = plan_pool_backward_cuda(s, cuda_facts(vector, p.packed), stages::kDevice);
+  cuda::pool_chunks_backward(p, plan, stages::workspace_of(a, plan.workspace_bytes), {});
+}
+
+const simt::Registration registrations[] = {{"pool_backward", run_pool_backward},
+                                            {"stage_pool_backward", run_stage}};
 
 }  // namespace
