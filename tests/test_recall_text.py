@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from benchmarks.recall import __main__ as cli
 from benchmarks.recall import store, train
 from benchmarks.recall.config import make_cell
 from benchmarks.recall.tasks import make_task
-from benchmarks.recall.tasks.text import END_OF_LINE, UNKNOWN, encode
+from benchmarks.recall.tasks.text import END_OF_LINE, UNKNOWN, encode, read_lines
 
 FOLDER = Path(__file__).parent / "data" / "wikitext"
 FILES = {"train": str(FOLDER / "train.txt"), "test": str(FOLDER / "test.txt")}
@@ -67,6 +69,17 @@ def test_a_folder_is_read_in_order_of_names():
     both = encode(str(FOLDER), FILES["train"], "", 100)
     parts = [encode(FILES[name], FILES["train"], "", 100) for name in ("test", "train")]
     assert torch.equal(both, torch.cat(parts))
+
+
+def test_lines_may_come_from_the_hub(monkeypatch):
+    """Rows of WikiText by a stand-in for datasets; they hold lines with their blanks."""
+    rows = [{"text": line} for line in ("", " = Mill = \n", "", " The mill\n The river \n")]
+    stand_in = SimpleNamespace(load_dataset=lambda *place, **options: rows)
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    assert read_lines("hub:wikitext-2:test") == ("= Mill =", "The mill", "The river")
+    stand_in.load_dataset = lambda *place, **options: [{"body": "x"}]
+    with pytest.raises(ValueError, match="text: hub:me/own:test: its rows have no 'text'"):
+        read_lines("hub:me/own:test")
 
 
 def test_a_tokenizer_file_may_be_given(tmp_path):

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,11 +22,11 @@ from resona_ext.cli import machine
 from resona_ext.cli.errors import CliError
 
 from . import capacity, report
-from .backbones import BACKBONES
-from .config import BRANCHES, Grid, make_cell, merge, read_grid
+from .backbones import BACKBONES, PRETRAINED, find
+from .config import BRANCHES, Cell, Grid, make_cell, merge, read_grid
+from .schedule import run_cells
 from .store import Store
 from .tasks import TASKS
-from .train import Run
 
 PROGRAM = "benchmarks.recall"
 CONFIGS = Path(__file__).parent / "configs"
@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("config", help="a JSON file, or the name of one in benchmarks/recall/configs")
     run.add_argument("--minutes", type=float, help="start no cell after this time")
     run.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th cell, from the I-th")
+    run.add_argument("--together", type=int, default=1, metavar="N", help="train N cells at once")
     run.add_argument("--dry-run", action="store_true", help="list the cells")
     _add_common(run)
 
@@ -61,12 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=(task.__doc__ or "").splitlines()[0])
         one.add_argument("--backbone", default="gla", help="default: %(default)s")
         one.add_argument("--branch", choices=BRANCHES, default="resona")
-        one.add_argument("--layer", type=_layer, default=0, metavar="N|spread", help="its block")
+        one.add_argument("--layer", type=_layer, default=0, metavar="N|spread", help="its blocks")
         one.add_argument("--chunk-size", type=int, default=2)
         one.add_argument("--top-k", type=int, default=1)
-        one.add_argument("--mix", choices=("gate", "fixed", "additive"), default="gate")
-        one.add_argument("--encoder", choices=("tied", "identity", "separate"), default="tied")
-        one.add_argument("--trainable-retrieval", action="store_true")
+        one.add_argument("--mix", choices=("gate", "fixed", "additive"))
+        one.add_argument("--encoder", choices=("tied", "identity", "separate"))
+        one.add_argument("--trainable-retrieval", action="store_true", default=None)
         one.add_argument("--width", type=int, default=64)
         one.add_argument("--layers", type=int, default=2)
         one.add_argument("--seed", type=int, default=0)
@@ -82,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _layer(text: str) -> int | str:
-    return text if text == "spread" else int(text)
+    return int(text) if text.isdecimal() else text
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +96,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def single(arguments: argparse.Namespace) -> Grid:
     """The grid of the one cell that the flags describe."""
+    # Flags that were not given are left to Resona, or to augment in a pretrained model.
+    names = ("chunk_size", "top_k", "mix", "encoder", "trainable_retrieval")
+    options = {name: getattr(arguments, name) for name in names}
     settings = {
         "task": {"name": arguments.command},
         "backbone": arguments.backbone,
@@ -104,13 +108,7 @@ def single(arguments: argparse.Namespace) -> Grid:
         "branch": {
             "kind": arguments.branch,
             "layer": arguments.layer,
-            "options": {
-                "chunk_size": arguments.chunk_size,
-                "top_k": arguments.top_k,
-                "mix": arguments.mix,
-                "encoder": arguments.encoder,
-                "trainable_retrieval": arguments.trainable_retrieval,
-            },
+            "options": {name: value for name, value in options.items() if value is not None},
         },
     }
     for text in arguments.set:
@@ -137,36 +135,46 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> int:
     device = _device(arguments)
     output = arguments.output or BUILD / f"{grid.suite}.jsonl"
     index, shards = _shard(getattr(arguments, "shard", "1/1"))
+    together = getattr(arguments, "together", 1)
+    if together < 1:
+        raise CliError(f"--together: expected at least 1, got {together}")
     store = Store(output, grid)
     cells = [cell for cell in grid.cells[index - 1 :: shards] if cell.id not in store.finished]
     print(f"{PROGRAM}: {grid.suite}, {len(cells)} cells to run of {len(grid.cells)}, on {device}")
     print(f"results: {output}")
-    minutes = getattr(arguments, "minutes", None)
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    failed = 0
-    for number, cell in enumerate(cells, start=1):
-        reason = BACKBONES[cell.backbone].missing(device)
-        if reason is not None:
-            print(f"[{number}/{len(cells)}] {cell.label}: skipped, {reason}")
-            continue
-        if deadline is not None and time.monotonic() > deadline:
-            print(f"--minutes {minutes:g} are over: {len(cells) - number + 1} cells are left")
-            break
-        try:
-            result = Run(cell, BUILD / "checkpoints", device).train()
-        except (RuntimeError, ValueError) as error:
+    number = {cell.id: f"[{place}/{len(cells)}]" for place, cell in enumerate(cells, start=1)}
+    waiting = _waiting(cells, number, device, getattr(arguments, "minutes", None))
+    folder, failed = BUILD / "checkpoints", 0
+    for cell, result in run_cells(waiting, together, folder, device, arguments.threads):
+        if isinstance(result, Exception):
             failed += 1
-            line = str(error).splitlines()[0]
-            print(f"[{number}/{len(cells)}] {cell.label}: failed, {line}", file=sys.stderr)
+            line = str(result).splitlines()[0]
+            print(f"{number[cell.id]} {cell.label}: failed, {line}", file=sys.stderr)
             continue
         store.add(cell, result, device)
         print(
-            f"[{number}/{len(cells)}] {cell.label}: token {result['token']:.3f} exact "
+            f"{number[cell.id]} {cell.label}: token {result['token']:.3f} exact "
             f"{result['exact']:.3f} macro {result['macro']:.3f}, {result['steps']} steps, "
             f"{result['seconds']:.0f} s",
             flush=True,
         )
     return 1 if failed else 0
+
+
+def _waiting(
+    cells: Sequence[Cell], number: dict[str, str], device: str, minutes: float | None
+) -> Iterator[Cell]:
+    """The cells that can be run, until the time is over."""
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    for place, cell in enumerate(cells):
+        reason = find(cell.backbone).missing(device)
+        if reason is not None:
+            print(f"{number[cell.id]} {cell.label}: skipped, {reason}")
+            continue
+        if deadline is not None and time.monotonic() > deadline:
+            print(f"--minutes {minutes:g} are over: {len(cells) - place} cells are left")
+            return
+        yield cell
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -204,7 +212,7 @@ def list_all() -> None:
     for name, task in TASKS.items():
         print(f"  {name:<20}{(task.__doc__ or '').splitlines()[0]}")
     print("backbones")
-    for name, backbone in BACKBONES.items():
+    for name, backbone in {**BACKBONES, PRETRAINED.name: PRETRAINED}.items():
         reason = backbone.missing(device)
         state = f"code of {backbone.source(device)}" if reason is None else f"missing: {reason}"
         print(f"  {name:<20}{backbone.summary}; {state}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from resona_ext.cli.errors import CliError
 
-from .backbones import BACKBONES
+from .backbones import BACKBONES, PRETRAINED
 from .tasks import Task, make_task
 
 BRANCHES = ("none", "resona", "window", "mlp")
@@ -29,8 +29,8 @@ class Branch:
 
     kind: "none"; "resona"; "window": the same with the last top_k chunks in place of those retrieved;
     "mlp": a SwiGLU with as many parameters, the baseline of equal size.
-    layer: which block, from 0, or "spread": the first, the middle and the last, a branch in each.
-    options: any argument of resona_ext.Resona.
+    layer: which block, from 0, several as "8,9,10", or "spread": the first, the middle and the last.
+    options: any argument of resona_ext.Resona; of resona_ext.augment with a pretrained model.
     """
 
     kind: str = "none"
@@ -44,7 +44,8 @@ class Training:
     """examples: size of the training set, shuffled every epoch; None draws every batch anew.
 
     stop_at: ends a run whose metric (the task's) on held-out data reaches it. at: settings of the
-    trained branch to be tested as well, {"top_k": [1, 2], "alpha": [...]}.
+    trained branch to be tested as well, {"top_k": [1, 2], "alpha": [...]}. branch_rate: the learning rate
+    of the branches, where it is another.
     """
 
     examples: int | None = 20_000
@@ -59,6 +60,7 @@ class Training:
     stop_at: float | None = 0.999
     bfloat16: bool = False
     at: dict = field(default_factory=dict)
+    branch_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,27 @@ class Cell:
     def branch_layers(self) -> tuple[int, ...]:
         if self.branch.layer == "spread":
             return tuple(sorted({0, self.layers // 2, self.layers - 1}))
-        return (int(self.branch.layer),)
+        return tuple(int(layer) for layer in str(self.branch.layer).split(","))
 
     @property
     def id(self) -> str:
         """The same for equal cells, whatever file they come from."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        settings = asdict(self)
+        if self.training.branch_rate is None:  # newer than the first records, whose names stay
+            del settings["training"]["branch_rate"]
+        text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def label(self) -> str:
         task = " ".join(f"{key}={value}" for key, value in self.task.items() if key != "name")
         where = "" if self.branch.kind == "none" else f" + {self.branch.kind}@{self.branch.layer}"
-        size = f"d{self.width} x{self.layers}"
-        return f"{self.task['name']} {task} {self.backbone}{where} {size} seed {self.seed}"
+        size = "" if self.is_pretrained else f" d{self.width} x{self.layers}"
+        return f"{self.task['name']} {task} {self.backbone}{where}{size} seed {self.seed}"
+
+    @property
+    def is_pretrained(self) -> bool:
+        return self.backbone == PRETRAINED.name
 
 
 @dataclass(frozen=True)
@@ -122,13 +131,16 @@ def make_cell(settings: dict) -> Cell:
 
 
 def _check(cell: Cell) -> None:
+    known = (*BACKBONES, PRETRAINED.name)
     _require(
-        cell.backbone in BACKBONES,
-        f"backbone: expected one of {', '.join(BACKBONES)}, got {cell.backbone!r}",
+        cell.backbone in known,
+        f"backbone: expected one of {', '.join(known)}, got {cell.backbone!r}",
     )
     kind, layer, training = cell.branch.kind, cell.branch.layer, cell.training
     _require(kind in BRANCHES, f"branch.kind: expected one of {', '.join(BRANCHES)}, got {kind!r}")
-    inside = layer in range(cell.layers) or layer == "spread"
+    numbers = [int(n) if n.isdecimal() else -1 for n in str(layer).split(",")]
+    count = cell.layers if not cell.is_pretrained else max(numbers) + 1  # augment will check it
+    inside = layer == "spread" or all(0 <= n < count for n in numbers)
     expected = f'0 to {cell.layers - 1} or "spread"'
     _require(inside, f"branch.layer: expected {expected}, got {layer}")
     for name in ("steps", "batch", "test_examples", "held_out", "evaluate_every"):
@@ -142,6 +154,15 @@ def _check(cell: Cell) -> None:
         cell.heads >= 1 and cell.width % cell.heads == 0,
         f"heads: expected a divisor of width {cell.width}, got {cell.heads}",
     )
+    if cell.is_pretrained:
+        _require(
+            cell.task.get("name") == "qa" and bool(cell.task.get("model")),
+            "backbone: pretrained: expected a qa task with task.model, the model's folder or name",
+        )
+        _require(
+            kind in ("none", "resona"),
+            f"branch.kind: expected none or resona in a pretrained model, got {kind}",
+        )
     try:
         cell.make_task()
     except (ValueError, TypeError) as error:

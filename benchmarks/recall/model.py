@@ -19,6 +19,8 @@ from resona_ext._layer_parts import SwiGLU
 from .backbones import BACKBONES, Spec
 from .config import Branch, Cell
 
+Wanted = Tensor | tuple[Tensor, Tensor]
+
 
 class WindowBranch(Resona):
     """Resona without a retriever: the chunks are the last top_k of those eligible."""
@@ -71,7 +73,7 @@ class Block(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Logits at the wanted positions: h [B, T, d], wanted bool [B, T] -> [N, V]."""
+    """Logits at the wanted positions: h [B, T, d], wanted as in RecallModel -> [N, V]."""
 
     def __init__(self, embedding: nn.Embedding, is_tied: bool) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class TokenHead(nn.Module):
         if is_tied:
             self.project.weight = embedding.weight
 
-    def forward(self, h: Tensor, wanted: Tensor) -> Tensor:
+    def forward(self, h: Tensor, wanted: Wanted) -> Tensor:
         return self.project(self.norm(h[wanted]))
 
 
@@ -95,7 +97,7 @@ class AutoencoderHead(nn.Module):
         last = (nn.RMSNorm(width), nn.Linear(width, embedding.num_embeddings))
         self.decode = nn.Sequential(*(layer for group in (*hidden, last) for layer in group))
 
-    def forward(self, h: Tensor, wanted: Tensor) -> Tensor:
+    def forward(self, h: Tensor, wanted: Wanted) -> Tensor:
         states = h[:, -1:] + self.code[: h.shape[1]]
         return self.decode(states[wanted])
 
@@ -142,13 +144,25 @@ class RecallModel(nn.Module):
     def branches(self) -> list[nn.Module]:
         return [block.branch for block in self.blocks if block.branch is not None]
 
-    def forward(self, tokens: Tensor, wanted: Tensor) -> Tensor:
-        """Logits [N, V] at the N wanted positions. tokens, wanted [B, T]."""
+    def forward(self, tokens: Tensor, wanted: Wanted) -> Tensor:
+        """Logits [N, V] at the N wanted positions. tokens [B, T].
+
+        wanted: bool [B, T], or rows [N] and columns [N], which spare the GPU counting them.
+        """
         embeddings = self.dropout(self.embedding(tokens))
         h = embeddings
         for block in self.blocks:
             h = block(h, embeddings)
         return self.head(h, wanted)
+
+
+def make_model(cell: Cell, device: str = "cpu") -> nn.Module:
+    """A RecallModel, or a pretrained model that is called like one; `branches` are its branches."""
+    if not cell.is_pretrained:
+        return RecallModel(cell, device)
+    from .pretrained import PretrainedModel  # needs transformers
+
+    return PretrainedModel(cell)
 
 
 def trained_parameters(module: nn.Module) -> int:

@@ -26,7 +26,14 @@ TITLES = {
 }
 SECOND = {"token": "exact", "macro": "exact", "exact": "token", "perplexity": "token"}
 MANY = 4  # more branches than these stand below each other
-TUNED = ("learning_rate", "weight_decay", "steps")
+TUNED = ("learning_rate", "branch_rate", "weight_decay", "steps")
+WRITTEN = {
+    "bleu": "BLEU",
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
+    "f1": "F1",
+    "exact_match": "exact match",
+}
 KIND_NAMES = {"none": "plain", "resona": "+ Resona", "window": "+ window", "mlp": "+ MLP"}
 
 
@@ -76,7 +83,8 @@ class Runs:
         cell = self.cell
         settings = {k: v for k, v in cell.task.items() if k not in ("name", "vocabulary")}
         task = " ".join(f"{key} {value}" for key, value in settings.items())
-        return f"{cell.backbone}|{task or 'default'}|d {cell.width}, {cell.layers} layers"
+        size = "its own" if cell.is_pretrained else f"d {cell.width}, {cell.layers} layers"
+        return f"{cell.backbone}|{task or 'default'}|{size}"
 
     @property
     def name(self) -> str:
@@ -164,6 +172,23 @@ def _align(lines: list[list[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
+def written(groups: Sequence[Runs]) -> str | None:
+    """What the answers of the qa task score, in per cent as in the paper's Table 3; and what is missing."""
+    lines = [["model", "questions", *WRITTEN.values()]]
+    missing = {}
+    for runs in groups:
+        scores = [result["written"] for result in runs.results if "written" in result]
+        if scores:
+            means = [
+                f"{mean(score[name] for score in scores):.1f}" if name in scores[0] else "-"
+                for name in WRITTEN
+            ]
+            lines.append([runs.name, str(scores[0]["questions"]), *means])
+        missing |= {name: why for score in scores for name, why in score["missing"].items()}
+    notes = [f"{WRITTEN[name]}: {why}" for name, why in missing.items()]
+    return "\n".join([_align(lines), *notes]) if len(lines) > 1 else None
+
+
 def knobs(groups: Sequence[Runs]) -> str | None:
     """The trained branches at other settings."""
     lines = [["model", "setting", "token", "exact", "test seconds"]]
@@ -198,6 +223,9 @@ def run(paths: Sequence[Path], plots_folder: Path | None) -> int:
         seeds = sorted({row["cell"]["seed"] for row in rows})
         print(f"{head['suite']}: {head['about']} ({len(rows)} cells, seeds {seeds})\n")
         print(*tables(groups), sep="\n\n")
+        scores = written(groups)
+        if scores is not None:
+            print(f"\nWritten answers, per cent\n\n{scores}")
         at = knobs(groups)
         if at is not None:
             print(f"\nAt other settings, the same weights\n\n{at}")
@@ -216,7 +244,8 @@ def _print_notes(head: dict, groups: Sequence[Runs]) -> None:
         print("\nTrained in another way as well, and no better:")
         for runs in others:
             settings = asdict(runs.cell.training)
-            how = ", ".join(f"{name} {settings[name]:g}" for name in TUNED)
+            used = [name for name in TUNED if settings[name] is not None]
+            how = ", ".join(f"{name} {settings[name]:g}" for name in used)
             print(f"- {runs.name}: {runs.show(runs.metric)} with {how}")
     short = differences(groups)
     if short:

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from resona_ext.cli.progress import ProgressBar
 
-from .backbones import BACKBONES
+from . import backbones
 from .config import Cell
-from .model import RecallModel, trained_parameters
+from .model import make_model, trained_parameters
 from .tasks import IGNORED, Batch, Task
 
 CHECKPOINT_SECONDS = 45.0
-TEST_BATCH = 128  # MAD averages its macro accuracy over batches of this size
 
 
 class Accuracy(NamedTuple):
@@ -86,47 +85,109 @@ def batches(task: Task, cell: Cell, data: Data) -> Iterator[Batch]:
 
 
 class Run:
-    """One cell on one device. `folder` holds the checkpoint while it is under way."""
+    """One cell on one device. `folder` holds the checkpoint while it is under way.
 
-    def __init__(self, cell: Cell, folder: Path, device: str = "cpu") -> None:
-        self.cell, self.device = cell, device
+    Several runs of one process may take turns (`turns`): each has a random state of its own and, on a GPU,
+    a stream of its own, so that it ends as it would alone.
+    """
+
+    def __init__(
+        self, cell: Cell, folder: Path, device: str = "cpu", *, has_bar: bool = True
+    ) -> None:
+        self.cell, self.device, self.has_bar = cell, device, has_bar
         self.checkpoint = folder / f"{cell.id}.pt"
         self.task = cell.make_task()
-        torch.manual_seed(cell.seed)
-        self.model = RecallModel(cell, device).to(device)
+        self.state = State()
+        self.stream = torch.cuda.Stream() if device == "cuda" else None
+        self.random: tuple[Tensor, Tensor | None] | None = None
+        with self._turn():
+            torch.manual_seed(cell.seed)
+            self.model = make_model(cell, device).to(device)
         settings = cell.training
-        trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self._groups(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, settings.steps, eta_min=settings.final_rate
         )
-        self.state = State()
 
     def train(self) -> dict:
         """Train to the end and test; the result as JSON."""
-        self._load()
-        data = make_data(self.task, self.cell)
-        source = batches(self.task, self.cell, data)
-        for _ in range(self.state.step):
-            next(source)
-        bar = ProgressBar(f"  {self.cell.label}", self.cell.training.steps)
-        begin, saved, before = time.perf_counter(), time.perf_counter(), self.state.seconds
-        while self.state.step < self.cell.training.steps and not self._is_done(data.held_out):
-            loss = self._step(next(source))
-            self.state.step += 1
-            self.state.seconds = before + time.perf_counter() - begin
-            last = self.state.curve[-1]
-            bar.update(
-                self.state.step, f"loss {loss:.3f}  token {last[1]:.3f}  exact {last[2]:.3f}"
-            )
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                self._save()
-                saved = time.perf_counter()
-        result = self._result(data)
-        self.checkpoint.unlink(missing_ok=True)
+        *_, result = self.turns()
         return result
+
+    def turns(self) -> Iterator[dict | None]:
+        """The same step by step: None once a step is on its way, at last the result.
+
+        The loss is waited for at the next turn, so that a GPU has the steps of other runs meanwhile.
+        """
+        with self._turn():
+            self._load()
+            data = make_data(self.task, self.cell)
+            source = batches(self.task, self.cell, data)
+            for _ in range(self.state.step):
+                next(source)
+        bar = ProgressBar(f"  {self.cell.label}", self.cell.training.steps)
+        loss, saved, is_over = None, time.perf_counter(), False
+        while not is_over:
+            with self._turn():
+                begin = time.perf_counter()
+                if loss is not None:
+                    self._tell(bar, loss)
+                    if begin - saved > CHECKPOINT_SECONDS:
+                        self._save()
+                        saved = begin
+                is_over = self.state.step >= self.cell.training.steps or self._is_done(
+                    data.held_out
+                )
+                if not is_over:
+                    loss = self._step(next(source))
+                    self.state.step += 1
+                self.state.seconds += time.perf_counter() - begin
+            if not is_over:
+                yield None
+        with self._turn():
+            result = self._result(data)
+        self.checkpoint.unlink(missing_ok=True)
+        yield result
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Inside, random numbers and the current stream are this run's own."""
+        on_stream = nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        devices = [] if self.stream is None else [torch.cuda.current_device()]
+        with torch.random.fork_rng(devices), on_stream:
+            if self.random is not None:
+                self._set_random(*self.random)
+            yield
+            self.random = self._get_random()
+
+    def _get_random(self) -> tuple[Tensor, Tensor | None]:
+        on_gpu = None if self.stream is None else torch.cuda.get_rng_state()
+        return torch.get_rng_state(), on_gpu
+
+    def _set_random(self, on_cpu: Tensor, on_gpu: Tensor | None) -> None:
+        torch.set_rng_state(on_cpu)
+        if self.stream is not None and on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
+
+    def _groups(self) -> list[dict]:
+        """The trained parameters; those of the branches apart where they have a rate of their own."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        rate = self.cell.training.branch_rate
+        theirs = {id(p) for branch in self.model.branches for p in branch.parameters()}
+        if rate is None or not theirs:
+            return [{"params": trained}]
+        return [
+            {"params": [p for p in trained if id(p) not in theirs]},
+            {"params": [p for p in trained if id(p) in theirs], "lr": rate},
+        ]
+
+    def _tell(self, bar: ProgressBar, loss: Tensor) -> None:
+        value, last = loss.item(), self.state.curve[-1]
+        if self.has_bar:
+            note = f"loss {value:.3f}  token {last[1]:.3f}  exact {last[2]:.3f}"
+            bar.update(self.state.step, note)
 
     def _is_done(self, held_out: Batch) -> bool:
         """Evaluate when it is time to; whether the accuracy suffices."""
@@ -141,18 +202,23 @@ class Run:
             return False
         return reached <= stop_at if metric == "perplexity" else reached >= stop_at
 
-    def _step(self, batch: Batch) -> float:
+    def _step(self, batch: Batch) -> Tensor:
         self.model.train()
-        targets = batch.targets.to(self.device)
-        wanted = targets != IGNORED
+        wanted = (batch.targets != IGNORED).nonzero(as_tuple=True)
+        targets = self._here(batch.targets[wanted])
         with self._precision():
-            logits = self.model(batch.tokens.to(self.device), wanted)
-        loss = nn.functional.cross_entropy(logits.float(), targets[wanted])
+            tokens = self._here(batch.tokens)
+            logits = self.model(tokens, tuple(self._here(index) for index in wanted))
+        loss = nn.functional.cross_entropy(logits.float(), targets)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
-        return loss.item()
+        return loss.detach()
+
+    def _here(self, x: Tensor) -> Tensor:
+        """On the run's device, without waiting for what it has to do."""
+        return x if self.stream is None else x.pin_memory().to(self.device, non_blocking=True)
 
     def _precision(self):
         if not self.cell.training.bfloat16:
@@ -163,7 +229,7 @@ class Run:
     def evaluate(self, data: Batch) -> Accuracy:
         self.model.eval()
         right_rows, macros, right, wanted_tokens, loss = 0, [], 0, 0, 0.0
-        parts = data.split(TEST_BATCH)
+        parts = data.split(self.task.test_batch)
         for part in parts:
             labels = part.labels.to(self.device)
             wanted = labels != IGNORED
@@ -182,11 +248,13 @@ class Run:
         return Accuracy(right / wanted_tokens, right_rows / rows, macro, perplexity)
 
     def _result(self, data: Data) -> dict:
-        backbone, model = BACKBONES[self.cell.backbone], self.model
+        backbone, model = backbones.find(self.cell.backbone), self.model
         begin = time.perf_counter()
         accuracy = self.evaluate(data.test)
+        written = self.task.written(self._next_token)
         return {
             **accuracy.as_json(),
+            **({} if written is None else {"written": written}),
             "steps": self.state.step,
             "seconds": round(self.state.seconds, 1),
             "test_seconds": round(time.perf_counter() - begin, 2),
@@ -196,6 +264,13 @@ class Run:
             "curve": self.state.curve,
             "at": self._at_other_settings(data.test),
         }
+
+    @torch.no_grad()
+    def _next_token(self, tokens: Tensor, last: Tensor) -> Tensor:
+        self.model.eval()
+        wanted = (torch.arange(len(last), device=self.device), last.to(self.device))
+        with self._precision():
+            return self.model(tokens.to(self.device), wanted).argmax(dim=-1).cpu()
 
     def _at_other_settings(self, test: Batch) -> dict[str, dict]:
         """The same weights with other values of the branch's knobs, one at a time."""
@@ -220,8 +295,8 @@ class Run:
         parts = ("model", "optimizer", "schedule")
         content = {name: getattr(self, name).state_dict() for name in parts}
         temporary = self.checkpoint.with_suffix(".part")
-        random_state = torch.get_rng_state()  # of dropout
-        torch.save({**content, "state": vars(self.state), "random": random_state}, temporary)
+        random = dict(zip(("random", "gpu_random"), self._get_random(), strict=True))  # of dropout
+        torch.save({**content, "state": vars(self.state), **random}, temporary)
         os.replace(temporary, self.checkpoint)
 
     def _load(self) -> None:
@@ -231,7 +306,8 @@ class Run:
         for name in ("model", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(content[name])
         self.state = State(**content["state"])
-        torch.set_rng_state(content["random"].cpu())
+        on_gpu = content.get("gpu_random")
+        self._set_random(content["random"].cpu(), None if on_gpu is None else on_gpu.cpu())
 
 
 def macro_accuracy(answer: Tensor, label: Tensor, classes: int) -> float:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import nn
 
 from . import attention, convolution, linear, state_space
-from .base import Backbone, Spec, absent
+from .base import Backbone, Spec, absent, no_mixer
 
 OWN = "resona_ext benchmarks"
 TRANSFORMERS = "transformers"
@@ -109,5 +109,18 @@ _ALL = (
     Backbone("hymba-retrieval", "the same under the retrieval mask", attention.HymbaRetrieval),
 )
 BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in _ALL}
+# Not a mixer but a whole model, which ../pretrained.py makes.
+PRETRAINED = Backbone(
+    "pretrained",
+    "the Hugging Face model task.model of a qa task",
+    no_mixer,
+    missing=lambda device: absent("transformers"),
+    source=lambda device: TRANSFORMERS,
+)
 
-__all__ = ["BACKBONES", "Backbone", "Spec"]
+
+def find(name: str) -> Backbone:
+    return PRETRAINED if name == PRETRAINED.name else BACKBONES[name]
+
+
+__all__ = ["BACKBONES", "PRETRAINED", "Backbone", "Spec", "find"]

@@ -87,3 +87,7 @@ def absent(module: str, device: str = "") -> str | None:
 
 def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no GPU"
+
+
+def no_mixer(spec: Spec) -> nn.Module:
+    raise ValueError("this backbone is a whole model and has no mixers of its own")

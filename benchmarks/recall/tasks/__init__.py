@@ -10,6 +10,7 @@ from .mad_other import Compression, Memorization, SelectiveCopying
 from .mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from .mqar import Mqar
 from .niah import Niah
+from .qa import Qa
 from .set_disjointness import SetDisjointness
 from .text import Text
 
@@ -22,7 +23,7 @@ MAD: tuple[type[Task], ...] = (
     Memorization,
 )
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Mqar, *MAD, Copying, Niah, SetDisjointness, Text)
+    task.name: task for task in (Mqar, *MAD, Copying, Niah, SetDisjointness, Text, Qa)
 }
 
 # One variable at a time moves away from the default, MAD's own sweep; "examples" is of the training.

@@ -6,6 +6,7 @@ state gives the same batch. Rows are independent, so any number of examples may 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
+# (tokens [B, T], last [B]) -> the likeliest token behind position `last` of each row, [B].
+NextToken = Callable[[Tensor, Tensor], Tensor]
 
 
 class Batch(NamedTuple):
@@ -31,6 +34,7 @@ class Task:
     name: ClassVar[str]
     head: ClassVar[str] = "token"  # "autoencoder": all inputs from the state of the last position
     metric: ClassVar[str] = "token"  # what is reported: a field of train.Accuracy
+    test_batch: ClassVar[int] = 128  # MAD averages its macro accuracy over batches of this size
 
     vocabulary: int
     length: int
@@ -45,6 +49,10 @@ class Task:
 
     def test_set(self) -> Batch | None:
         """What is to be tested on where that is fixed; None: drawn like the training data."""
+        return None
+
+    def written(self, next_token: NextToken) -> dict | None:
+        """Scores of what the model writes by itself; None where the task has none."""
         return None
 
     def require(self, ok: bool, setting: str, expected: str, got: object) -> None:

@@ -1,4 +1,4 @@
-"""Language modelling on text of your own: WikiText-style files, or any others."""
+"""Language modelling: WikiText, or text of your own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..data import hub
 from .base import Batch, Task, integers
 
 ENDINGS = (".txt", ".tokens", ".raw")
@@ -22,7 +23,8 @@ UNKNOWN, END_OF_LINE = 0, 1
 class Text(Task):
     """The next token at every position of windows of length + 1 tokens; perplexity.
 
-    train, test: a file, or a folder whose .txt, .tokens and .raw files are read in order of their names.
+    train, test: a file, a folder whose .txt, .tokens and .raw files are read in order of their names, or
+    a hub: place (data/hub.py), as hub:wikitext-103:train, whose rows have a "text".
     Training and held-out data are random windows (held-out ones of `valid`, or of `test` without it); the
     test is all of `test` in windows side by side, each starting without context. Empty lines are
     dropped. tokenizer: a tokenizer.json of Hugging Face tokenizers; without it a token is a word, one
@@ -100,6 +102,8 @@ def _encode_with(tokenizer: str, path: str, vocabulary: int) -> Tensor:
 @lru_cache(maxsize=4)
 def read_lines(path: str) -> tuple[str, ...]:
     """The lines that are not empty, stripped. Raises ValueError, one line."""
+    if hub.is_hub(path):
+        return _rows(path)
     place = Path(path)
     files = [place]
     if place.is_dir():
@@ -110,4 +114,14 @@ def read_lines(path: str) -> tuple[str, ...]:
         lines = [line.strip() for file in files for line in file.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"text: cannot read {path}: {error}") from error
+    return tuple(line for line in lines if line)
+
+
+def _rows(place: str) -> tuple[str, ...]:
+    """A row may hold several lines."""
+    try:
+        texts = [row["text"] for row in hub.read_rows(place)]
+    except KeyError as error:
+        raise ValueError(f"text: {place}: its rows have no {error}") from error
+    lines = (line.strip() for text in texts for line in text.splitlines())
     return tuple(line for line in lines if line)

@@ -1,0 +1,1 @@
+"""Text and questions from files, or by name from Hugging Face datasets."""
