@@ -279,22 +279,25 @@ def test_who_attends_to_tiny_chunks(changes, attends):
     assert ("the search attends" in fused.reason) == bool(attends)
 
 
-# L, chunk_size, top_k -> ranges of queries that a call is cut into, with 16 heads of 128 elements
+# L, chunk_size, top_k -> ranges of queries, of these heads at a time, launches: 16 heads of 128 elements
 RANGES = [
-    (2**14, 64, 8, 2),
-    (2**16, 64, 8, 5),
-    (2**20, 64, 8, 68),
-    (2**20, 16, 4, 34),
-    (2**20, 64, 1, 1),
+    (2**14, 64, 8, 1, 8, 7),
+    (2**16, 64, 8, 1, 3, 15),
+    (2**18, 64, 8, 2, 1, 92),
+    (2**20, 64, 8, 5, 1, 227),
+    (2**20, 16, 4, 3, 1, 137),
+    (2**20, 64, 1, 1, 16, 16),
 ]
 
 
-@pytest.mark.parametrize("length, chunk_size, top_k, ranges", RANGES)
-def test_ranges_bound_the_workspace(length, chunk_size, top_k, ranges):
+@pytest.mark.parametrize("length, chunk_size, top_k, ranges, heads, launches", RANGES)
+def test_ranges_bound_the_workspace(length, chunk_size, top_k, ranges, heads, launches):
+    """Ranges of queries read keys and values again, heads do not: so they are cut first."""
     changes = dict(heads=16, kv_heads=16, head_dim=128, chunk_size=chunk_size, top_k=top_k)
     changes |= dict(queries=length, context=length)
     p = parameters("attend", **changes)
-    assert -(-length // p["range_queries"]) == ranges
+    assert (-(-length // p["range_queries"]), p["range_heads"]) == (ranges, heads)
+    assert parameters("fused", **changes)["launches"] == launches
     assert plan(**changes).workspace_bytes <= WORKSPACE
 
 

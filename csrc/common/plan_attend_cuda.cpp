@@ -95,16 +95,20 @@ void plan_chunk_tiles(CudaAttendPlan& plan, const Shape& s, const CudaAttendFact
                                        device.tuning.item_rows / kRowTile * kRowTile);
 }
 
-void size_range(CudaAttendPlan& plan, const Shape& s, int64_t batch, int64_t queries,
+// Key/value heads that share a list.
+int64_t heads_of_list(const Shape& s) { return s.kv_heads / s.retrieval_heads; }
+
+void size_range(CudaAttendPlan& plan, const Shape& s, int64_t batch, int64_t queries, int64_t heads,
                 const CudaDevice& device) {
   Shape range = s;
   range.batch = plan.range_batch = batch, range.queries = plan.range_queries = queries;
+  plan.range_heads = heads;
   plan.index = plan_index_cuda(range, device);
   const int64_t items = saturated_product({plan.index.slots, group_of(s)}) / plan.item_rows + plan.index.keys;
-  plan.blocks = std::clamp<int64_t>(saturated_product({items, s.kv_heads / s.retrieval_heads}), 1,
-                                    device.tuning.chunk_blocks * device.sms);
-  plan.merge_blocks = std::clamp<int64_t>(ceil_div(saturated_product({batch, queries, s.heads}), 4), 1,
-                                          device.tuning.merge_blocks * device.sms);
+  plan.blocks =
+      std::clamp<int64_t>(saturated_product({items, heads}), 1, device.tuning.chunk_blocks * device.sms);
+  const int64_t rows = saturated_product({batch, queries, s.retrieval_heads, heads, group_of(s)});
+  plan.merge_blocks = std::clamp<int64_t>(ceil_div(rows, 4), 1, device.tuning.merge_blocks * device.sms);
   range.batch = s.batch == 0 ? 0 : (s.batch - 1) % batch + 1;
   range.queries = s.queries == 0 ? 0 : (s.queries - 1) % queries + 1;
   plan.last_index = plan_index_cuda(range, device);
@@ -127,23 +131,30 @@ void plan_chunks(CudaAttendPlan& plan, const Shape& s, const CudaAttendFacts& f,
   plan.half_partials = f.dtype == DType::kBFloat16;
   plan_chunk_tiles(plan, s, f, device);
   const int64_t most_bytes = std::max(kCudaWorkspaceBytes - f.reserved_bytes, kLeastRangeBytes);
-  const auto whole_batch = [&](int64_t batch) {
-    size_range(plan, s, batch, s.queries, device);
+  const int64_t heads = heads_of_list(s);
+  const auto range_fits = [&](int64_t batch, int64_t queries, int64_t heads) {
+    size_range(plan, s, batch, queries, heads, device);
     return fits(plan, most_bytes);
   };
-  if (!whole_batch(s.batch) && !whole_batch(1)) {
-    const auto tiles_fit = [&](int64_t tiles) {
-      size_range(plan, s, 1, tiles * kRowTile, device);
-      return fits(plan, most_bytes);
-    };
-    // Equal ranges, as few as fit.
-    const int64_t most = largest_that_fits(ceil_div(s.queries, kRowTile), tiles_fit) * kRowTile;
-    const int64_t ranges = ceil_div(s.queries, most);
-    tiles_fit(ceil_div(ceil_div(s.queries, ranges), kRowTile));
+  if (range_fits(s.batch, s.queries, heads) || range_fits(1, s.queries, heads)) {
+    if (plan.range_batch < s.batch)
+      plan.reason = "keys and values of a chunk stay while its rows pass; one batch entry at a time";
+    return;
   }
-  if (plan.range_queries < s.queries || plan.range_batch < s.batch)
-    plan.reason =
-        "keys and values of a chunk stay while its rows pass; ranges of queries bound the workspace";
+  // Each range of queries reads keys and values again, and has an index; heads have nothing to repeat. So
+  // some heads at a time first. Equal parts, as few as fit.
+  if (range_fits(1, s.queries, 1)) {
+    const int64_t most = largest_that_fits(heads, [&](int64_t h) { return range_fits(1, s.queries, h); });
+    range_fits(1, s.queries, ceil_div(heads, ceil_div(heads, most)));
+    plan.reason = "keys and values of a chunk stay while its rows pass; some heads at a time";
+    return;
+  }
+  const auto tiles_fit = [&](int64_t tiles) { return range_fits(1, tiles * kRowTile, 1); };
+  const int64_t most = largest_that_fits(ceil_div(s.queries, kRowTile), tiles_fit) * kRowTile;
+  const int64_t ranges = ceil_div(s.queries, most);
+  tiles_fit(ceil_div(ceil_div(s.queries, ranges), kRowTile));
+  plan.reason =
+      "keys and values of a chunk stay while its rows pass; a head and a range of queries at a time";
 }
 
 }  // namespace
@@ -178,14 +189,15 @@ int64_t launches_of(const CudaAttendPlan& plan, const Shape& s) {
   // Several entries of a batch form a range only with all their queries.
   const int64_t batches = ceil_div(s.batch, plan.range_batch), rows = ceil_div(s.queries, plan.range_queries);
   const int64_t last = plan.range_batch > 1 ? 1 : batches;
+  const int64_t parts = ceil_div(heads_of_list(s), plan.range_heads);
   return (batches * rows - last) * launches_of(plan.index) + last * launches_of(plan.last_index) +
-         batches * rows * (s.top_k > 1 ? 2 : 1);
+         batches * rows * parts * (s.top_k > 1 ? 2 : 1);
 }
 
 AttendArrays take_attend(const CudaAttendPlan& plan, const Shape& s, Workspace& workspace) {
   AttendArrays a{};
   if (plan.path != AttendPath::kChunk || s.top_k == 1) return a;
-  const int64_t rows = saturated_product({plan.index.slots, s.heads / s.retrieval_heads});
+  const int64_t rows = saturated_product({plan.index.slots, plan.range_heads, group_of(s)});
   const int64_t elements = saturated_product({rows, ceil_div(s.head_dim, 8) * 8});
   if (plan.half_partials) {
     a.partial = workspace.take<uint16_t>(elements);

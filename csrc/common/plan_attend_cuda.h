@@ -32,8 +32,10 @@ struct CudaAttendPlan {
 
   int64_t heads, splits;  // query paths: heads at once; teams that share the keys of a row
 
-  // Chunk path. Queries are worked off in ranges, one after the other, in the same workspace.
+  // Chunk path. Queries are worked off in ranges, and of these some heads at a time, one after the other, in
+  // the same workspace. A range has an index, for all its heads.
   int64_t range_batch, range_queries;  // batch entries and queries of a range; more than one entry only whole
+  int64_t range_heads;                 // key/value heads of each list at a time
   CudaIndexPlan index, last_index;     // of a range; of the last, which may be smaller
   int64_t item_rows, key_rows, key_slots;
   bool ahead, half_partials;
@@ -44,9 +46,9 @@ struct CudaAttendPlan {
 };
 
 struct AttendArrays {
-  void* partial;         // [Hkv / R, slots of a range, G, D rounded up to 8], fp32 or fp16
-  float* partial_lse;    // [Hkv / R, slots, G]
-  float* partial_scale;  // [Hkv / R, slots, G], of fp16, else null
+  void* partial;         // [range_heads, slots of a range, G, D rounded up to 8], fp32 or fp16
+  float* partial_lse;    // [range_heads, slots, G]
+  float* partial_scale;  // [range_heads, slots, G], of fp16, else null
 };
 
 CudaAttendPlan plan_attend_cuda(const Shape&, const CudaAttendFacts&, const CudaDevice&);

@@ -100,6 +100,7 @@ struct ChunkAttention {
     p.partial = arrays.partial, p.partial_lse = arrays.partial_lse, p.partial_scale = arrays.partial_scale;
     p.slots = a.batch * a.queries * a.retrieval_heads * a.top_k;
     p.keys = a.batch * a.retrieval_heads * a.chunks;
+    p.kv_count = a.kv_heads / a.retrieval_heads;
     p.result = final                ? AttendResult::kFinal
                : plan.half_partials ? AttendResult::kPartialHalf
                                     : AttendResult::kPartialFloat;
@@ -109,25 +110,42 @@ struct ChunkAttention {
     return p;
   }
 
+  void attend(const AttendChunkParams<T>& p) const {
+    const auto i = chunk_instance<T>(plan);
+    launch({"attend_chunk_kernel", {plan.blocks}, i.threads, i.shared_bytes, true, plan.reason}, stream,
+           i.kernel, p);
+  }
+
   template <class P>
-  void merge(const AttendChunkParams<T>& c) const {
+  void merge(const AttendChunkParams<T>& c, int kv_first) const {
     const AttendMergeParams<T, P> p{c.attend,      c.position,      static_cast<const P*>(c.partial),
-                                    c.partial_lse, c.partial_scale, c.slots};
+                                    c.partial_lse, c.partial_scale, c.slots,
+                                    kv_first,      c.kv_count};
     const auto i = merge_instance<T, P>(plan);
     launch({"attend_merge_kernel", {plan.merge_blocks}, i.threads, 0, true, plan.reason}, stream, i.kernel,
            p);
   }
 
+  void merge(const AttendChunkParams<T>& c, int kv_first) const {
+    if constexpr (sizeof(T) == 2)
+      if (plan.half_partials) return merge<Half>(c, kv_first);
+    merge<float>(c, kv_first);
+  }
+
+  // attend_chunk_kernel takes the first heads there are, having no register for where they begin.
   void run(const QueryRange& range, Workspace workspace) const {
     const AttendParams<T> a = params_of(range);
-    const AttendChunkParams<T> p = chunk_params(a, index_of(range, a, workspace));
-    const auto i = chunk_instance<T>(plan);
-    launch({"attend_chunk_kernel", {plan.blocks}, i.threads, i.shared_bytes, true, plan.reason}, stream,
-           i.kernel, p);
-    if (p.result == AttendResult::kFinal) return;
-    if constexpr (sizeof(T) == 2)
-      if (plan.half_partials) return merge<Half>(p);
-    merge<float>(p);
+    const AttendChunkParams<T> whole = chunk_params(a, index_of(range, a, workspace));
+    if (whole.result == AttendResult::kFinal) return attend(whole);
+    const int most = static_cast<int>(plan.range_heads);
+    for (int first = 0; first < whole.kv_count; first += most) {
+      AttendChunkParams<T> p = whole;
+      p.kv_count = whole.kv_count - first < most ? whole.kv_count - first : most;
+      p.attend.query.data = a.query.at(0, 0, first * a.group());
+      p.attend.key.data = a.key.at(0, 0, first), p.attend.value.data = a.value.at(0, 0, first);
+      attend(p);
+      merge(p, first);
+    }
   }
 };
 

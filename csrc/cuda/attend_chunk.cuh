@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   const ChunkStorage<Config> storage{memory, p.key_rows, p.key_slots};
   ptx::griddepcontrol_wait();
   const int64_t tiles = p.keys > 0 ? work_items(p.tile_begin, p.tile_totals, p.keys) : 0;
-  const int64_t items = tiles * (p.attend.kv_heads / p.attend.retrieval_heads);
+  const int64_t items = tiles * p.kv_count;
   for (int64_t number = blockIdx.x; number < items; number += gridDim.x) {
     const ChunkItem item = find_item(p, tiles, number);
     __syncthreads();  // the item before has been worked off

@@ -19,10 +19,11 @@ struct AttendChunkParams {
   const uint32_t* offsets;      // [keys + 1]
   const uint32_t* tile_begin;   // [keys + 1]: cut at item_rows
   const uint32_t* tile_totals;  // of its scan
-  void* partial;                // [Hkv / R, slots, G, partial_pitch(D)], fp32 or fp16
-  float* partial_lse;           // [Hkv / R, slots, G]
-  float* partial_scale;         // [Hkv / R, slots, G], of fp16
+  void* partial;                // [kv_count, slots, G, partial_pitch(D)], fp32 or fp16
+  float* partial_lse;           // [kv_count, slots, G]
+  float* partial_scale;         // [kv_count, slots, G], of fp16
   int64_t slots, keys;          // B T R k, B R C
+  int kv_count;                 // the first so many of the Hkv / R key/value heads of each list; final: all
   AttendResult result;
   int item_rows;            // at most AttendChunkConfig::kMostItemRows
   int key_rows, key_slots;  // rows of a slot: min(S, kKeys of the config) rounded up to 16; slots: 1 or 2

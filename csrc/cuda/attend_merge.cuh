@@ -37,10 +37,18 @@ template <class T, class P>
 struct AttendMergeParams {
   AttendParams<T> attend;
   const int32_t* position;     // [slots]
-  const P* partial;            // [Hkv / R, slots, G, partial_pitch(D)]
-  const float* partial_lse;    // [Hkv / R, slots, G]
-  const float* partial_scale;  // [Hkv / R, slots, G], of fp16
+  const P* partial;            // [kv_count, slots, G, partial_pitch(D)]
+  const float* partial_lse;    // [kv_count, slots, G]
+  const float* partial_scale;  // [kv_count, slots, G], of fp16
   int64_t slots;               // B T R k
+  int kv_first, kv_count;      // of the Hkv / R key/value heads of each list
+
+  // Of the heads that this launch works on, number i of a query's.
+  __device__ __forceinline__ int heads() const { return attend.retrieval_heads * kv_count * attend.group(); }
+  __device__ __forceinline__ int head(int i) const {
+    const int of_list = kv_count * attend.group(), before = kv_first * attend.group();
+    return i / of_list * (attend.heads / attend.retrieval_heads) + before + i % of_list;
+  }
 };
 
 __device__ __forceinline__ float4 load_four(const float* from) {
@@ -77,7 +85,7 @@ __device__ __forceinline__ MergeSlot merge_slot(const AttendMergeParams<T, P>& p
   const int64_t slot = (query * a.retrieval_heads + retrieval_head) * a.top_k + j;
   const int32_t position = p.position[slot];
   if (position < 0) return {-1, -kInfinity, 1};
-  const int kv_in_list = kv_head - retrieval_head * (a.kv_heads / a.retrieval_heads);
+  const int kv_in_list = kv_head - retrieval_head * (a.kv_heads / a.retrieval_heads) - p.kv_first;
   const int64_t row = (kv_in_list * p.slots + position) * group + head % group;
   const float logit = with_bias(p.partial_lse[row], slot_bias(a, slot, retrieval_head));
   return {logit == -kInfinity ? -1 : row, logit, sizeof(P) == 2 ? p.partial_scale[row] : 1};
@@ -170,15 +178,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     attend_merge_kernel(AttendMergeParams<typename Config::Element, typename Config::Partial> p) {
   const auto& a = p.attend;
   const int lane = threadIdx.x % Config::kLanes;
-  const int64_t rows = a.batch * a.queries * a.heads;
+  const int heads = p.heads();
+  const int64_t rows = a.batch * a.queries * heads;
   const int64_t step = static_cast<int64_t>(gridDim.x) * Config::kWarps * Config::kGroups;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * Config::kWarps + threadIdx.x / kWarpSize;
   ptx::griddepcontrol_wait();
   for (int64_t first = warp * Config::kGroups; first < rows; first += step) {
     const int64_t row = first + threadIdx.x % kWarpSize / Config::kLanes;
     const bool exists = row < rows;  // its lanes take part in the shuffles of the others
-    const int64_t query = (exists ? row : first) / a.heads;
-    const int head = static_cast<int>((exists ? row : first) % a.heads);
+    const int64_t query = (exists ? row : first) / heads;
+    const int head = p.head(static_cast<int>((exists ? row : first) % heads));
     MergeSum<Config> merged{-kInfinity, 0, {}};
     for (int64_t j = 0; j < a.top_k; j += Config::kLanes) {
       const int64_t left = a.top_k - j;
@@ -186,7 +195,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
                           left < Config::kLanes ? static_cast<int>(left) : Config::kLanes, merged);
     }
     const float sink = a.sink ? a.sink[head] : -kInfinity;
-    if (exists) store_merged<Config>(a, row, merged, end_with_sink(merged.top, merged.total, sink));
+    if (exists)
+      store_merged<Config>(a, query * a.heads + head, merged, end_with_sink(merged.top, merged.total, sink));
   }
   ptx::griddepcontrol_launch_dependents();
 }

@@ -129,6 +129,7 @@ Stage attend_stage(const resona::CudaAttendPlan& p) {
   if (p.path == resona::AttendPath::kChunk)
     parameters.insert({{"range_batch", p.range_batch},
                        {"range_queries", p.range_queries},
+                       {"range_heads", p.range_heads},
                        {"item_rows", p.item_rows},
                        {"key_rows", p.key_rows},
                        {"key_slots", p.key_slots},

@@ -199,9 +199,10 @@ def poison(p: Attention) -> None:
         bias[~unused & (torch.rand(bias.shape) < 0.1)] = -math.inf
 
 
-def planned(p: Attention, range=0, sms=2) -> tuple[Case, str]:
+def planned(p: Attention, range=0, range_heads=0, sms=2) -> tuple[Case, str]:
     """The whole stage with the workspace that its plan asks for, and the path that the plan takes."""
-    case = p.case("stage_attend", distinct=int(p.distinct), range=range, sms=sms)
+    ranges = dict(range=range, range_heads=range_heads)
+    case = p.case("stage_attend", distinct=int(p.distinct), **ranges, sms=sms)
     case.workspace.pop("chunk_begin", None)
     facts = np.zeros(2, np.int64)
     harness.build("plain").run("stage_attend_plan", case.inputs, {"facts": facts}, **case.scalars)

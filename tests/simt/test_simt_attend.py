@@ -62,6 +62,19 @@ def test_ranges_of_queries_change_nothing(plain, dtype, changes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("retrieval_heads", [1, 2])
+def test_some_heads_at_a_time_change_nothing(plain, dtype, retrieval_heads):
+    """Three or six key/value heads share a list; two query heads each."""
+    sizes = dict(heads=12, kv_heads=6, retrieval_heads=retrieval_heads, queries=40, context=70)
+    p = problem("chunk", dtype, batch=2, bias=True, bias_scale=True, sink=True, **sizes)
+    case = p.check(plain, attend_case(p, "chunk"))
+    for heads, queries in ((1, 0), (2, 0), (2, 32), (6 // retrieval_heads, 32)):
+        parts = attend_case(p, "chunk", range=queries, range_heads=heads)
+        parts.expected = case.expected
+        parts.check(plain, ANY)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_one_chunk_per_query_needs_no_merge(plain, dtype):
     for changes in ({}, {"sink": True, "bias": True}, {"chunk_size": 70}):
         fields = {"top_k": 1, "chunk_size": 20, "queries": 230, "context": 230, **changes}

@@ -35,8 +35,9 @@ void dispatch_attend(const AttendChunkParams<T>& p, int64_t blocks) {
 
 template <class T, class P>
 void dispatch_merge(const AttendChunkParams<T>& c, int64_t blocks) {
-  const AttendMergeParams<T, P> p{c.attend,      c.position,      static_cast<const P*>(c.partial),
-                                  c.partial_lse, c.partial_scale, c.slots};
+  const AttendMergeParams<T, P> p{
+      c.attend, c.position, static_cast<const P*>(c.partial), c.partial_lse, c.partial_scale, c.slots,
+      0,        c.kv_count};
 #define LAUNCH(Element, Partial, kDim)                                                                   \
   if constexpr (std::is_same_v<Element, T> && std::is_same_v<Partial, P>) {                              \
     using Config = AttendMergeConfig<Element, Partial, kDim>;                                            \
@@ -82,6 +83,7 @@ void run_range(const simt::Arguments& a, const AttendParams<T>& problem, int64_t
   p.attend = problem;
   p.slots = problem.batch * problem.queries * problem.retrieval_heads * problem.top_k;
   p.keys = problem.batch * problem.retrieval_heads * problem.chunks;
+  p.kv_count = problem.kv_heads / problem.retrieval_heads;
   p.item_rows = static_cast<int>(a.integer("item_rows"));
   const resona::IndexArrays index = index_of(a, p, before, behind);
   p.list = index.list, p.position = index.position, p.offsets = index.offsets;

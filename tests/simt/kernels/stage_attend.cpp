@@ -50,14 +50,16 @@ AttendProblem problem_of(const simt::Arguments& a) {
   return p;
 }
 
-// A range of queries smaller than the workspace asks for, for tests that have no 512 MiB to fill.
+// Ranges of queries and fewer heads than the workspace asks for, for tests that have no 512 MiB to fill.
 CudaAttendPlan plan_of(const simt::Arguments& a, const AttendProblem& p) {
   const CudaDevice device{a.integer("sms"), 90, 232448};
   const CudaAttendFacts facts{cuda_facts(a.integer("vector") != 0, p.packed), p.query.dtype, p.distinct,
                               p.bias != nullptr};
   CudaAttendPlan plan = plan_attend_cuda(p.shape, facts, device);
-  const int64_t range = a.integer("range");
-  if (range > 0 && plan.path == AttendPath::kChunk) size_range(plan, p.shape, 1, range, device);
+  const int64_t range = a.integer("range"), heads = a.integer("range_heads");
+  if (plan.path == AttendPath::kChunk && range + heads > 0)
+    size_range(plan, p.shape, range > 0 ? 1 : p.shape.batch, range > 0 ? range : p.shape.queries,
+               heads > 0 ? heads : heads_of_list(p.shape), device);
   return plan;
 }
 
