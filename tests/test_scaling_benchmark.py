@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
+import resona_ext
 from benchmarks.scaling import counting, model, plot
 from benchmarks.scaling.model import Problem
 
@@ -21,6 +23,13 @@ def test_the_model_foresees_what_random_selections_need(heads):
         counted = counting.needs(chunk, p)
         assert model.foreign_chunks(p) == pytest.approx(counted["chunks"], rel=0.05)
         assert model.foreign_pairs(p) == pytest.approx(counted["queries"], rel=0.05)
+
+
+def test_operations_are_those_of_the_operator():
+    p = Problem(4096, 1, heads=4, kv_heads=2, head_dim=8, retrieval_dim=8, chunk_size=16, top_k=4)
+    with FlopCounterMode(display=False) as counter:
+        resona_ext.retrieve_attend(**counting.inputs(p, "random"), chunk_size=16, top_k=4)
+    assert sum(model.flops(p).values()) == counter.get_total_flops()
 
 
 def test_the_record_bears_the_model_out():
