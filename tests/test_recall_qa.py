@@ -224,11 +224,12 @@ def test_meteor_of_known_overlaps(monkeypatch):
     assert got == pytest.approx(100 * (1 - (1 / 4) ** 3 / 2))
 
 
-def test_what_cannot_be_scored_is_named(monkeypatch):
+@pytest.mark.parametrize("error", [LookupError, FileNotFoundError])
+def test_what_cannot_be_scored_is_named(error, monkeypatch):
     corpus = pytest.importorskip("nltk.corpus")
 
     def ensure_loaded():
-        raise LookupError("Resource wordnet not found")
+        raise error("no WordNet, or half of one")
 
     monkeypatch.setattr(corpus, "wordnet", SimpleNamespace(ensure_loaded=ensure_loaded))
     monkeypatch.setitem(sys.modules, "sacrebleu", None)

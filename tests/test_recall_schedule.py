@@ -64,6 +64,21 @@ def test_taking_turns_changes_nothing(together, alone, tmp_path):
         assert [cell.seed for cell, _ in ended] == [1, 0, 2, 3]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_taking_turns_on_streams_changes_nothing(tmp_path):
+    """Three runs on three streams, beside the same one by one; dropout draws on the GPU."""
+    found = [
+        {cell.id: r for cell, r in schedule.taking_turns(cells(3), n, tmp_path, "cuda")}
+        for n in (1, 3)
+    ]
+    assert found[0].keys() == found[1].keys() == {cell.id for cell in cells(3)}
+    for name, result in found[0].items():
+        losses, beside = ([point[-1] for point in r["curve"]] for r in (result, found[1][name]))
+        assert losses == pytest.approx(beside, rel=1e-3)  # sums on a GPU have no fixed order
+        assert result["steps"] == found[1][name]["steps"]
+
+
 def test_runs_do_take_turns(monkeypatch, tmp_path):
     order, step = [], train.Run._step
 
