@@ -39,6 +39,7 @@ def test_every_kernel_has_a_part():
         ("attend_query_kernel", "attention"),
         ("attend_query_gradient_kernel", "gradients"),
         ("decode_search_kernel", "search"),
+        ("search_attend_kernel", "search and attention"),
         ("void at::native::vectorized_elementwise_kernel<4>(int)", "other"),
     ],
 )

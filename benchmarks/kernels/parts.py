@@ -24,6 +24,8 @@ KERNELS = {
     "pool_": "pool",
     "chunk_offsets_": "pool",
     "search_": "search",
+    "search_attend_": "search and attention",
+    "two_level_": "search",
     "index_": "index",
     "scan_": "index",
     "attend_": "attention",
