@@ -25,7 +25,7 @@ KERNELS = {
     "chunk_offsets_": "pool",
     "search_": "search",
     "search_attend_": "search and attention",
-    "two_level_": "search",
+    "refine_": "search",  # of the two-level search
     "index_": "index",
     "scan_": "index",
     "attend_": "attention",
