@@ -37,6 +37,8 @@ CHANGES = {
     "lane_rows": (0, PAIRS),
     "search_splits": (1, dict(queries=128)),
     "search_finish": (1 << 20, dict(queries=128)),
+    "attended_keys": (0, PAIRS),
+    "attended_tiles": (1024, PAIRS),
     "pool_blocks": (1, PAIRS),
     "index_blocks": (1, PAIRS),
     "query_blocks": (1, PAIRS),

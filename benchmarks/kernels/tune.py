@@ -62,6 +62,8 @@ SWEEPS = (
     Sweep("query_blocks", (4, 8, 16, 32, 64), "attend", _at(PAIRS, 16384, 65536)),
     Sweep("search_splits", (1, 2, 4, 8, 16), "search", _at(LONG, 1024, 4096)),
     Sweep("search_finish", (1, 2, 4, 8), "search", _at(PAIRS, 1024, 4096)),
+    Sweep("attended_keys", (0, 4), "fused", _at(PAIRS, 65536, 262144)),
+    Sweep("attended_tiles", (0, 1, 2, 4), "fused", _at(PAIRS, 4096, 16384, 32768, 65536)),
     Sweep("pool_blocks", (8, 20, 40, 80), "pool", _at(LONG, 16384, 262144)),
     Sweep("index_blocks", (4, 8, 16), "attend", _at(PAIRS, 65536) + _at(SMALL, 262144)),
     Sweep("lane_rows", (0, 16, 64, 256), "backward", _at(PAIRS, 16384, 65536)),

@@ -14,6 +14,8 @@ const std::vector<TuningField>& tuning_fields() {
       {"lane_rows", &T::lane_rows, 0, kAny},
       {"search_splits", &T::search_splits, 1, 16},
       {"search_finish", &T::search_finish, 0, kAny},
+      {"attended_keys", &T::attended_keys, 0, kAny},
+      {"attended_tiles", &T::attended_tiles, 0, kBlocks},
       {"pool_blocks", &T::pool_blocks, 1, kBlocks},
       {"index_blocks", &T::index_blocks, 1, kBlocks},
       {"query_blocks", &T::query_blocks, 1, kBlocks},

@@ -18,6 +18,8 @@ struct CudaTuning {
   int64_t lane_rows = 64;        // of a list on average, above which tiles of the backward are full enough
   int64_t search_splits = 8;     // most blocks that share the chunks of a tile of queries
   int64_t search_finish = 4;     // what it costs to finish the candidates of one more split, in steps
+  int64_t attended_keys = 4;     // of a row, at most, for the search to attend to it
+  int64_t attended_tiles = 2;    // of queries per multiprocessor, at least, for that
   // Blocks per multiprocessor: several times what fits at once, so that blocks of unequal length even out.
   int64_t pool_blocks = 40, index_blocks = 8, query_blocks = 16, chunk_blocks = 3, merge_blocks = 16;
   int64_t backward_item_blocks = 16, backward_row_blocks = 32, retrieve_backward_blocks = 32;

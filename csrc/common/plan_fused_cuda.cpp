@@ -7,8 +7,6 @@ namespace {
 
 constexpr int64_t kSlackBytes = 4 << 20;    // the counts, and what alignment takes
 constexpr int64_t kChunkBytes = 128 << 20;  // of a part: the stages want the rest
-constexpr int64_t kTinyKeys = 4;            // of a row: with more, the search is short beside the gathering
-constexpr int64_t kSearchBlocksPerSm = 2;   // that run at once
 constexpr int64_t kSearchAttendDim = 128;
 
 int64_t chunk_bytes(const Shape& s, int64_t batch, const CudaFusedFacts& f) {
@@ -22,14 +20,14 @@ bool attends_at_once(const Shape& s, const CudaFusedFacts& f, const CudaFusedSta
   const CudaSearchPlan& search = stages.search;
   const CudaAttendPlan& attend = stages.attend;
   const DType dtype = f.attend.dtype;
-  const bool tiny =
-      s.top_k <= kSearchAttendMostSlots && saturated_product({s.top_k, s.chunk_size}) <= kTinyKeys;
+  const bool tiny = s.top_k <= kSearchAttendMostSlots &&
+                    saturated_product({s.top_k, s.chunk_size}) <= device.tuning.attended_keys;
   const bool searches = search.candidates && search.bag_per_lane == 1 && search.groups() == 1 &&
                         search.pinned == (size_of(dtype) == 2);
   const bool has_teams = attend.path == AttendPath::kQuery && attend.heads == 1 && attend.splits == 1 &&
                          attend.vector && attend.dim <= kSearchAttendDim;
-  return tiny && f.embedding_dtype == dtype && searches && has_teams &&
-         search.tiles >= kSearchBlocksPerSm * device.sms;
+  return tiny && f.embedding_dtype == dtype && searches && has_teams && search.tiles > 0 &&
+         search.tiles >= device.tuning.attended_tiles * device.sms;
 }
 
 CudaFusedStages plan_stages(Shape s, int64_t batch, const CudaFusedFacts& f, int64_t reserved_bytes,

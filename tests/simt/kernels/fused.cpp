@@ -73,14 +73,11 @@ CudaFusedPlan plan_of(const simt::Arguments& a, const FusedProblem& p) {
                                true, p.attend.bias_scale != nullptr};
   const bool vector_context = s.retrieval_dim * size_of(embedding) % 16 == 0;
   const CudaFusedFacts facts{embedding, vector_context, attend};
-  const CudaDevice device{a.integer("sms"), 90, 232448};
+  CudaDevice device{a.integer("sms"), 90, 232448};
+  if (a.integer("apart") != 0) device.tuning.attended_keys = 0;
   CudaFusedPlan plan = plan_fused_cuda(s, facts, device);
   // As if there were room for so many batch entries only.
   if (a.integer("part") > 0) divide(plan, a.integer("part"), s, facts, device);
-  if (a.integer("apart") != 0) {  // search and attention in launches of their own, whatever the plan says
-    plan.launches += (s.batch - 1) / plan.batch * plan.part.attends + plan.last.attends;
-    plan.part.attends = plan.last.attends = false;
-  }
   return plan;
 }
 
