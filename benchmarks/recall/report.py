@@ -174,7 +174,7 @@ def _align(lines: list[list[str]]) -> str:
 
 def written(groups: Sequence[Runs]) -> str | None:
     """What the answers of the qa task score, in per cent as in the paper's Table 3; and what is missing."""
-    lines = [["model", "questions", *WRITTEN.values()]]
+    lines = [["backbone", "task", "model", "branch", "questions", *WRITTEN.values()]]
     missing = {}
     for runs in groups:
         scores = [result["written"] for result in runs.results if "written" in result]
@@ -183,7 +183,8 @@ def written(groups: Sequence[Runs]) -> str | None:
                 f"{mean(score[name] for score in scores):.1f}" if name in scores[0] else "-"
                 for name in WRITTEN
             ]
-            lines.append([runs.name, str(scores[0]["questions"]), *means])
+            row = (*runs.row.split("|"), runs.variant)
+            lines.append([*row, str(scores[0]["questions"]), *means])
         missing |= {name: why for score in scores for name, why in score["missing"].items()}
     notes = [f"{WRITTEN[name]}: {why}" for name, why in missing.items()]
     return "\n".join([_align(lines), *notes]) if len(lines) > 1 else None
