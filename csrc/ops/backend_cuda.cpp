@@ -7,6 +7,7 @@
 #include "cuda/attend_backward.h"
 #include "cuda/decode.h"
 #include "cuda/fused.h"
+#include "cuda/two_level.h"
 #include "ops/cuda.h"
 
 namespace resona::ops {
@@ -34,7 +35,11 @@ class CudaBackend final : public Backend {
     const CudaSearchFacts facts{p.query.dtype, p.unit_chunks, cuda_facts(false, p.packed).sequences};
     run(&cuda::retrieve, p, plan_search_cuda(p.shape, facts, call_.device()));
   }
-  void retrieve_two_level(const TwoLevelProblem&) const override { refuse("retrieve_two_level"); }
+  void retrieve_two_level(const TwoLevelProblem& p) const override {
+    const bool vector_rows = rows_of_16_bytes(p.retrieve.chunks, p.retrieve.shape.retrieval_dim);
+    run(&cuda::retrieve_two_level, p,
+        plan_two_level_cuda(p, cuda_facts(vector_rows, p.retrieve.packed), call_.device()));
+  }
   void retrieve_backward(const RetrieveBackwardProblem& p) const override {
     const int64_t dim = p.shape.retrieval_dim;
     const bool vector_rows = rows_of_16_bytes(p.query, dim) && rows_of_16_bytes(p.chunks, dim) &&

@@ -60,6 +60,18 @@ def _cases() -> Iterator[Case]:
     yield Case("retrieve", "four heads", B=1, L=333, R=4, E=48, contents="four_letters")
 
     for dtype in (BF16, F16, F32):
+        op = "retrieve_two_level"
+        yield Case(op, "small", dtype, small=True)
+        yield Case(op, "packed", dtype, lengths=PACKED, S=2, small=True)
+        yield Case(op, "many chunks", dtype, B=1, L=300, S=1, k=8, E=72)
+    yield Case(op, "ties", BF16, B=1, L=300, E=32, S=1, k=8, contents="two_letters")
+    yield Case(op, "many slots", F32, B=1, L=220, S=1, k=50, contents="zipf")
+    yield Case(op, "rows of 33", F32, E=33)
+    yield Case(op, "not finite", S=1, spoil=not_finite)
+    yield Case(op, "no queries", T=0)
+    yield Case(op, "nothing", L=0, small=True)
+
+    for dtype in (BF16, F16, F32):
         for op in ("attend", "fused_retrieve_attend"):
             yield Case(op, "small", dtype, small=True)
             yield Case(op, "packed", dtype, lengths=PACKED, small=True)

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -239,6 +240,14 @@ OPERATORS = {
         make_retrieve,
         ops.retrieve,
         reference.retrieve,
+        outputs=("indices", "scores"),
+        differentiable=("query_embedding", "chunk_embedding"),
+        smooth=smooth_retrieve,
+    ),
+    "retrieve_two_level": Operator(
+        make_retrieve,
+        partial(ops.retrieve_two_level, superchunk_size=5, probes=3),
+        partial(reference.retrieve_two_level, superchunk_size=5, probes=3),
         outputs=("indices", "scores"),
         differentiable=("query_embedding", "chunk_embedding"),
         smooth=smooth_retrieve,
