@@ -54,6 +54,22 @@ struct SoftmaxBackwardTile {
   A* gradient_sum;  // [row_count] out: sum of d logit over the columns
 };
 
+// Quick products of one query with chunks first_chunk, first_chunk + 1, ... in the search. Those not below
+// the threshold, which is the worst of the best less a margin, are kept.
+struct FilterRow {
+  static constexpr int64_t kLanes = 16;  // room for so many more at the end of what is written
+  const float* products;
+  int64_t count;
+  int32_t first_chunk;
+  float margin;    // inf or NaN: everything is kept
+  bool is_ranked;  // the products are among those that the best were taken from
+  int64_t slots;
+  float* best;  // [slots, at least kLanes] best first; -inf where there is none yet
+  float* kept_products;
+  int32_t* kept_chunks;
+  int64_t kept;  // so far
+};
+
 template <class A>
 struct Kernels {
   void (*gemm)(const Gemm<A>&);
@@ -61,9 +77,12 @@ struct Kernels {
   void (*softmax_backward)(const SoftmaxBackwardTile<A>&);
   void (*add_scaled)(A factor, const A* x, A* y, int64_t n);    // y += factor * x
   void (*decay_and_add)(A decay, const A* x, A* y, int64_t n);  // y = decay * y + x
-  // Writes the columns whose value is not below `threshold` (NaN passes), ascending; returns how many.
-  int64_t (*not_below)(const A* row, int64_t n, A threshold, int32_t* columns);
+  int64_t (*filter)(const FilterRow&);                          // how many are kept by now; null for double
+  // Keeps what is not below `bar`, in place; returns how many.
+  int64_t (*drop_below)(float bar, float* products, int32_t* chunks, int64_t count);
   double (*canonical_dot)(const A* a, const A* b, int64_t n);
+  void (*canonical_dots)(const A* a, const A* rows, int64_t count, int64_t n,
+                         double* dots);                 // rows [count, n]
   void (*load[4])(const void* from, A* to, int64_t n);  // by DType; null if not for A
   void (*store[4])(const A* from, void* to, int64_t n);
 

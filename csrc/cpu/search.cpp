@@ -22,7 +22,7 @@ void search(const RetrieveProblem& p, const SearchPlan& plan, const Executor& ex
   const int64_t slots = std::min(p.shape.top_k, p.shape.context / p.shape.chunk_size);
   for_each_task(
       executor, static_cast<int64_t>(tasks.size()),
-      [&] { return SearchScratch<A>(plan, p.shape.retrieval_dim, slots, plan.query_block); },
+      [&] { return SearchScratch<A>(plan, p.shape.retrieval_dim, slots, kProductRows); },
       [&](SearchScratch<A>& s, int64_t i) {
         const StageScope search(Stage::kSearch);
         search_block(p, plan, tasks[i], s);

@@ -33,7 +33,7 @@ template <class A>
 struct TwoLevelScratch {
   TwoLevelScratch(const Levels& levels, int64_t dim, int64_t slots)
       : rows(levels.refine, dim, slots, kGatheredRows),
-        probe(levels.probe, dim, levels.probes, levels.probe.query_block),
+        probe(levels.probe, dim, levels.probes, kProductRows),
         probed(levels.refine.query_block * levels.probes),
         gathered(kGatheredRows * dim),
         tile_gathered(kGatheredRows * padded_brick(dim)) {}
@@ -124,9 +124,8 @@ void refine_block(const Levels& levels, const Task& task, TwoLevelScratch<A>& s)
   if constexpr (std::is_same_v<A, float>) {
     scan_lists(levels, task, build_lists(rows, 1, last + 1, probed), s,
                [&](const Entry& entry, int64_t, int64_t count, const A* products) {
-                 float* best = s.rows.best.data() + entry.row * s.rows.slots;
-                 for (int64_t c = 0; c < count; ++c)
-                   rank(products[c], s.rows.queries[entry.row], best, s.rows);
+                 float* best = s.rows.best.data() + entry.row * s.rows.best_stride;
+                 for (int64_t c = 0; c < count; ++c) rank(products[c], best, s.rows);
                });
   }
   // The last slot is the superchunk in which the query's past ends.

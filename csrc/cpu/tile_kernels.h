@@ -31,11 +31,11 @@ struct TileRows {
 };
 
 struct TileAttendScratch {
-  static constexpr int64_t kRows = 64, kMostKeys = 128, kMostDims = 256;
-  alignas(64) uint16_t query[kRows * kMostDims];
-  alignas(64) float logit[kRows * kMostKeys];
+  static constexpr int64_t kRows = 128, kGroup = 16, kPiece = 32, kMostKeys = 128, kMostDims = 256;
+  alignas(64) uint16_t query[2][kGroup * kMostDims];
+  alignas(64) float logit[2][kGroup * kMostKeys];
   alignas(64) uint16_t weight[kRows * kMostKeys];
-  alignas(64) float out[2][kRows * 32];
+  alignas(64) float out[2][kPiece * 32];
   alignas(64) float decay[kRows];
 };
 

@@ -1,17 +1,19 @@
-// A chunk meets the rows that selected it, 64 at a time:
+// A chunk meets the rows that selected it, 128 at a time, in two passes:
 //
-//   gather the queries                                vectors
-//   logit = Q K^T                                     tiles
-//   weight = softmax(logit), 16 rows at a time        vectors
-//   for each 32 dims: out = weight V                  tiles
-//                     sum = decay * sum + out         vectors
+//   for each 16 rows:             gather the queries                      vectors
+//                                 logit = Q K^T                           tiles
+//                                 weight = softmax(logit)                 vectors
+//   for each 32 rows x 32 dims:   out = weight V                          tiles
+//                                 sum = decay * sum + out                 vectors
 //
-// The working set decides: K and V of a chunk are 16 KiB each (64 x 128), so the first cache cannot keep both
-// beside the rows, and each block of rows reads them from the second once. 64 rows pay for that; 16 do not
-// (measured: 60 of 180 cycles a row). Products of 32 dims at a time keep `out` in the first cache.
-// Meanwhile the rows of the next block and the keys and values of the next chunk are fetched from memory.
+// Keys are read by one pass and values by the other, 16 KiB each (64 x 128), so either stays in the first
+// cache beside the few rows that are worked on. Tiles and vectors work at the same time where the order of
+// instructions lets them: the products of the next rows stand among the exponentials of these, and the
+// products of the next piece of `out` before this one is merged. Meanwhile the rows of the next block and the
+// keys and values of the next chunk are fetched from memory.
 
-constexpr int64_t kBlock = TileAttendScratch::kRows, kGroup = 16;
+constexpr int64_t kBlock = TileAttendScratch::kRows, kGroup = TileAttendScratch::kGroup;
+constexpr int64_t kPiece = TileAttendScratch::kPiece;
 
 // Results too small for a normal float32 become 0 for as long as this lives: computed, each would cost
 // hundreds of cycles, and the tiles flush them too.
@@ -63,6 +65,62 @@ inline __m512 reduce_rows(__m512* row) {
   return Op::of(_mm512_shuffle_f32x4(row[0], row[1], 0x88), _mm512_shuffle_f32x4(row[0], row[1], 0xdd));
 }
 
+// The logits of 16 rows with up to 64 keys, 32 dims a step, so that something else can be done in between.
+// N: tiles of keys; their sums stay in tiles 0 to N - 1.
+template <int N>
+class LogitProduct {
+ public:
+  LogitProduct(const uint16_t* query, const uint16_t* key, int64_t dim, float* logit, int64_t stride)
+      : query_(query), key_(key), dim_(dim), logit_(logit), stride_(stride) {
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);  // gcc's tile loads do not say that they read memory
+    _tile_zero(0);
+    if (N > 1) _tile_zero(1);
+    if (N > 2) _tile_zero(2);
+    if (N > 3) _tile_zero(3);
+  }
+
+  // Of all steps as many as belong before `done` of kGroup rows.
+  void advance(int64_t done) {
+    for (; step_ < dim_ && step_ * kGroup <= done * dim_; step_ += 32) {
+      const uint16_t* key = key_ + step_ * 16;
+      _tile_loadd(4, query_ + step_, dim_ * 2);
+      _tile_loadd(5, key, 64);
+      _tile_dpbf16ps(0, 4, 5);
+      if (N > 1) {
+        _tile_loadd(6, key + dim_ * 16, 64);
+        _tile_dpbf16ps(1, 4, 6);
+      }
+      if (N > 2) {
+        _tile_loadd(7, key + dim_ * 32, 64);
+        _tile_dpbf16ps(2, 4, 7);
+      }
+      if (N > 3) {
+        _tile_loadd(5, key + dim_ * 48, 64);
+        _tile_dpbf16ps(3, 4, 5);
+      }
+    }
+  }
+
+  void finish() {
+    advance(kGroup);
+    _tile_stored(0, logit_, stride_ * 4);
+    if (N > 1) _tile_stored(1, logit_ + 16, stride_ * 4);
+    if (N > 2) _tile_stored(2, logit_ + 32, stride_ * 4);
+    if (N > 3) _tile_stored(3, logit_ + 48, stride_ * 4);
+  }
+
+ private:
+  const uint16_t *query_, *key_;
+  int64_t dim_;
+  float* logit_;
+  int64_t stride_, step_ = 0;
+};
+
+// In place of the next rows' product, where there is none.
+struct NoProduct {
+  void advance(int64_t) {}
+};
+
 // Up to 16 rows. V: vectors per row of logits; the last counts as far as `tail` says.
 struct SoftmaxGroup {
   int64_t count;
@@ -85,8 +143,9 @@ inline __m512 extreme_logits(const SoftmaxGroup& b, int64_t stride, __mmask16 ta
   return reduce_rows<Op>(extreme);
 }
 
-template <int V>
-inline void softmax_group(const TileAttend& t, const SoftmaxGroup& b, int64_t stride, __mmask16 tail) {
+template <int V, class Next>
+inline void softmax_group(const TileAttend& t, const SoftmaxGroup& b, int64_t stride, Next& next) {
+  const __mmask16 tail = static_cast<__mmask16>(0xffffu >> (V * 16 - t.key_count));
   const float infinity = __builtin_inff(), log2e = 1.44269504f;
   const __mmask16 rows = static_cast<__mmask16>((1u << b.count) - 1u);
   const __m512 bias = b.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(rows, b.bias);
@@ -109,6 +168,7 @@ inline void softmax_group(const TileAttend& t, const SoftmaxGroup& b, int64_t st
                   _mm512_mul_ps(_mm512_sub_ps(bias, _mm512_maskz_loadu_ps(rows, reference)), to_base2));
   __m512 sum[kGroup];
   for (int i = 0; i < kGroup; ++i) {
+    next.advance(i);
     const float* row = b.logit + i * stride;
     uint16_t* weight = b.weight + i * stride;
     const __m512 shift = _mm512_set1_ps(offset[i]);
@@ -131,35 +191,10 @@ inline void softmax_group(const TileAttend& t, const SoftmaxGroup& b, int64_t st
   }
 }
 
-inline void softmax_keys(const TileAttend& t, const SoftmaxGroup& b) {
-  const int64_t vectors = (t.key_count + 15) / 16, stride = (t.key_count + 31) / 32 * 32;
-  const __mmask16 tail = static_cast<__mmask16>(0xffffu >> (vectors * 16 - t.key_count));
-  switch (vectors) {
-    case 1:
-      return softmax_group<1>(t, b, stride, tail);
-    case 2:
-      return softmax_group<2>(t, b, stride, tail);
-    case 3:
-      return softmax_group<3>(t, b, stride, tail);
-    case 4:
-      return softmax_group<4>(t, b, stride, tail);
-    case 5:
-      return softmax_group<5>(t, b, stride, tail);
-    case 6:
-      return softmax_group<6>(t, b, stride, tail);
-    case 7:
-      return softmax_group<7>(t, b, stride, tail);
-    default:
-      return softmax_group<8>(t, b, stride, tail);
-  }
-}
-
-// 32 dims from `dim` on of all rows of a block.
-inline void merge_columns(const TileAttend& t, const int32_t* rows, int64_t count, const float* decay,
-                          int64_t dim, const float* out) {
-  constexpr int64_t kAhead = 6;
+// 32 dims from `dim` on of up to 32 rows.
+inline void merge_piece(const TileAttend& t, const int32_t* rows, int64_t count, const float* decay,
+                        int64_t dim, const float* out) {
   for (int64_t i = 0; i < count; ++i, out += 32) {
-    if (i + kAhead < count) prefetch<_MM_HINT_T0>(t.sum + rows[i + kAhead] * t.dim + dim, 128);
     float* sum = t.sum + rows[i] * t.dim + dim;
     const __m512 factor = _mm512_set1_ps(decay[i]);
     for (int64_t d = 0; d < 32; d += 16)
@@ -167,7 +202,8 @@ inline void merge_columns(const TileAttend& t, const int32_t* rows, int64_t coun
   }
 }
 
-inline void prefetch_next(const TileAttend& t, int64_t first) {
+// What the block from `first` on will read, brought into the second cache.
+inline void prefetch_block(const TileAttend& t, int64_t first) {
   const int64_t end = first + kBlock < t.rows_known ? first + kBlock : t.rows_known;
   for (int64_t i = first; i < end; ++i) {
     prefetch<_MM_HINT_T1>(t.queries + t.rows[i] * t.dim, t.dim * 2);
@@ -179,30 +215,83 @@ inline void prefetch_next(const TileAttend& t, int64_t first) {
       prefetch<_MM_HINT_T1>(rows->data, rows->dim * 2);
 }
 
-inline void attend_block(const TileAttend& t, int64_t first, int64_t count) {
-  TileAttendScratch& s = *t.scratch;
-  const int64_t keys = (t.key_count + 15) / 16 * 16, stride = (t.key_count + 31) / 32 * 32;
-  const int64_t padded_count = (count + kGroup - 1) / kGroup * kGroup;
-  const int32_t* rows = t.rows + first;
+inline void gather_queries(const TileAttend& t, const int32_t* rows, int64_t count, uint16_t* to) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < t.dim; d += 32)
-      _mm512_storeu_si512(s.query + i * t.dim + d, _mm512_loadu_si512(t.queries + rows[i] * t.dim + d));
-  tile_gemm({padded_count, keys, t.dim, s.query, t.dim, t.key, s.logit, stride, false});
-  for (int64_t i = 0; i < count; i += kGroup)
-    softmax_keys(t, {count - i < kGroup ? count - i : kGroup, rows + i,
-                     t.bias == nullptr ? nullptr : t.bias + first + i, s.logit + i * stride,
-                     s.weight + i * stride, s.decay + i});
-  for (int64_t d = 0; d < t.dim; d += 32) {
-    float* out = s.out[d / 32 & 1];
-    tile_gemm({padded_count, 32, stride, s.weight, stride, t.value + d * stride, out, 32, false});
-    merge_columns(t, rows, count, s.decay, d, out);
+      _mm512_storeu_si512(to + i * t.dim + d, _mm512_loadu_si512(t.queries + rows[i] * t.dim + d));
+}
+
+// First pass. V: vectors, and tiles, of keys.
+template <int V>
+inline void weigh_block(const TileAttend& t, int64_t first, int64_t count) {
+  constexpr int64_t stride = (V + 1) / 2 * 32;
+  TileAttendScratch& s = *t.scratch;
+  const int32_t* rows = t.rows + first;
+  const auto many = [&](int64_t i) { return count - i < kGroup ? count - i : kGroup; };
+  const auto group = [&](int64_t i) {
+    return SoftmaxGroup{many(i),
+                        rows + i,
+                        t.bias == nullptr ? nullptr : t.bias + first + i,
+                        s.logit[i / kGroup & 1],
+                        s.weight + i * stride,
+                        s.decay + i};
+  };
+  if constexpr (V <= 4) {
+    const auto product = [&](int64_t i) {
+      const int64_t half = i / kGroup & 1;
+      gather_queries(t, rows + i, many(i), s.query[half]);
+      return LogitProduct<V>(s.query[half], t.key, t.dim, s.logit[half], stride);
+    };
+    product(0).finish();
+    int64_t i = 0;
+    for (; i + kGroup < count; i += kGroup) {
+      auto next = product(i + kGroup);
+      softmax_group<V>(t, group(i), stride, next);
+      next.finish();
+    }
+    NoProduct none;
+    softmax_group<V>(t, group(i), stride, none);
+  } else {
+    for (int64_t i = 0; i < count; i += kGroup) {
+      gather_queries(t, rows + i, many(i), s.query[0]);
+      tile_gemm({kGroup, V * 16, t.dim, s.query[0], t.dim, t.key, s.logit[i / kGroup & 1], stride, false});
+      NoProduct none;
+      softmax_group<V>(t, group(i), stride, none);
+    }
+  }
+}
+
+inline void weigh_keys(const TileAttend& t, int64_t first, int64_t count) {
+  constexpr decltype(&weigh_block<1>) by_vectors[] = {weigh_block<1>, weigh_block<2>, weigh_block<3>,
+                                                      weigh_block<4>, weigh_block<5>, weigh_block<6>,
+                                                      weigh_block<7>, weigh_block<8>};
+  by_vectors[(t.key_count - 1) / 16](t, first, count);
+}
+
+// Second pass.
+inline void merge_values(const TileAttend& t, int64_t first, int64_t count) {
+  TileAttendScratch& s = *t.scratch;
+  const int64_t stride = (t.key_count + 31) / 32 * 32, pieces = t.dim / 32;
+  const int64_t all = (count + kPiece - 1) / kPiece * pieces;
+  for (int64_t p = 0; p <= all; ++p) {
+    if (p < all) {
+      const int64_t row = p / pieces * kPiece, dim = p % pieces * 32;
+      tile_gemm({count - row > 16 ? 32 : 16, 32, stride, s.weight + row * stride, stride,
+                 t.value + dim * stride, s.out[p & 1], 32, false});
+    }
+    if (p == 0) continue;
+    const int64_t row = (p - 1) / pieces * kPiece, dim = (p - 1) % pieces * 32;
+    merge_piece(t, t.rows + first + row, count - row < kPiece ? count - row : kPiece, s.decay + row, dim,
+                s.out[(p - 1) & 1]);
   }
 }
 
 inline void tile_attend(const TileAttend& t) {
   const FlushToZero flush;
   for (int64_t first = 0; first < t.row_count; first += kBlock) {
-    prefetch_next(t, first + kBlock);
-    attend_block(t, first, t.row_count - first < kBlock ? t.row_count - first : kBlock);
+    const int64_t count = t.row_count - first < kBlock ? t.row_count - first : kBlock;
+    prefetch_block(t, first + kBlock);
+    weigh_keys(t, first, count);
+    merge_values(t, first, count);
   }
 }
