@@ -431,6 +431,7 @@ def test_smoke_writes_csv_and_plots(smoke):
         (["--max-length", "3"], "no case that fits"),
         (["--rounds", "1"], "--rounds: expected at least 2"),
         (["--threads", "0"], "--threads: expected at least 1"),
+        (["--targets"], "--targets: expected alone, got --smoke too"),
         (["--compare", "no-such-commit"], "--compare no-such-commit: "),
     ],
 )

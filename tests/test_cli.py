@@ -428,6 +428,7 @@ def fake_extension(monkeypatch):
 
 def test_explain_prints_the_plan(fake_extension, capsys):
     command = "explain --queries 128 --heads 8 --kv-heads 2 --top-k 3 --dtype bfloat16 --threads 5"
+    command += " --isa amx"
     assert cli.main(command.split()) == 0
     printed = capsys.readouterr().out
     for part in (
@@ -454,6 +455,7 @@ def test_explain_prints_the_plan(fake_extension, capsys):
         "dtype": "bfloat16",
         "embedding_dtype": "bfloat16",
         "device": "cpu",
+        "isa": "amx",
     }
 
 
@@ -476,6 +478,9 @@ def test_explain_with_the_real_extension(capsys):
     assert cli.main(["explain", "--queries", "4096", "--threads", "2"]) == 0
     printed = capsys.readouterr().out
     assert "queries 4096" in printed and "workspace" in printed and "search" in printed
+    here = json.loads(torch.ops.resona._build_info())["cpu_isa"]
+    assert cli.main(["explain", "--dtype", "bfloat16"]) == 0
+    assert ("chunk_stationary_tiles" in capsys.readouterr().out) == (here == "amx")
     assert cli.main(["explain", "--head-dim", "257"]) == 2
     assert "head_dim" in capsys.readouterr().err
 

@@ -46,6 +46,29 @@ def test_search_follows_the_embedding_dtype(dtype, kernel):
     assert stages(dtype=dtype)["search"].kernel == kernel
 
 
+def test_bfloat16_runs_on_matrix_tiles_where_there_are_some():
+    amx = stages(dtype="bfloat16", isa="amx")
+    assert amx["search"].kernel == "filter_refine_tiles"
+    assert amx["attend"].kernel == "chunk_stationary_tiles"
+    assert stages(dtype="float32", isa="amx")["attend"].kernel == "chunk_stationary"
+    assert stages(dtype="bfloat16", isa="avx512")["attend"].kernel == "chunk_stationary"
+    with pytest.raises(ValueError, match="plan: isa: expected amx, avx512, avx2 or portable, got"):
+        plan(isa="mmx")
+
+
+def test_packed_keys_and_values_stay_where_heads_balance_and_there_is_room():
+    amx = dict(dtype="bfloat16", isa="amx", head_dim=128, heads=16, kv_heads=16)
+
+    def kept(**more):
+        return stages(**amx, **more)["attend"].parameters.get("kept_tiles", 0)
+
+    assert kept(threads=2) == 16384 // 64
+    assert kept(threads=3) == 0  # 16 heads for 3 threads
+    assert kept(queries=1024, context=1024) == 0  # one range of queries
+    assert kept(chunk_size=16) == 0
+    assert kept(queries=2**20, context=2**20) == 0
+
+
 def test_every_legal_shape_has_a_plan():
     huge = 2**63 - 1
     batches, contexts, chunk_sizes = (0, 1, 70), (0, 1, 100, 2**31 - 1), (1, 37, 10**6, huge)
@@ -80,9 +103,11 @@ def test_workspace_stays_bounded_at_a_million_tokens(threads, chunk_size, top_k)
     million = dict(
         queries=2**20, context=2**20, heads=16, kv_heads=16, head_dim=128, retrieval_dim=128
     )
-    p = plan(**million, chunk_size=chunk_size, top_k=top_k, threads=threads, dtype="bfloat16")
     chunks = 2**20 // chunk_size * 128 * 2
-    assert p.workspace_bytes - chunks < 400 << 20
+    for isa in ("portable", "amx"):
+        p = plan(**million, chunk_size=chunk_size, top_k=top_k, threads=threads,
+                 dtype="bfloat16", isa=isa)  # fmt: skip
+        assert p.workspace_bytes - chunks < 400 << 20
 
 
 def test_workspace_of_the_kernels_does_not_grow_with_the_batch():

@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="list operators and baselines, and what is missing")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where it can be used")
     add("--smoke", action="store_true", help="a tiny frozen suite, for function, not for time")
+    add("--targets", action="store_true", help="the suite of docs/cpu-kernels.md's targets (CPU)")
     add("--max-length", type=int, metavar="N", help="leave out longer contexts")
     add("--lengths", metavar="A,B", help="only contexts of these lengths")
     add("--dtypes", metavar="A,B", help=f"only these of {_names(shapes.DTYPES)}")
@@ -90,6 +91,11 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     device = arguments.device or ("cpu" if obstacle else "cuda")
     _require(device == "cpu" or obstacle is None, f"--device cuda: {obstacle}")
 
+    _require(
+        not (arguments.smoke and arguments.targets), "--targets: expected alone, got --smoke too"
+    )
+    _require(device == "cpu" or not arguments.targets, f"--targets: expected cpu, got {device}")
+
     checkouts = Checkouts(arguments.nsa, arguments.flashmoba)
     for flag, path in (("--nsa", arguments.nsa), ("--flashmoba", arguments.flashmoba)):
         _require(path is None or path.is_dir(), f"{flag} {path}: no such directory")
@@ -97,7 +103,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     scale = "smoke" if arguments.smoke else device
     budget = replace(Budget(), seconds=arguments.seconds)
     return Plan(
-        sweeps=_sweeps(arguments, scale),
+        sweeps=_sweeps(arguments, "targets" if arguments.targets else scale),
         device=device,
         baselines=usable,
         reasons=reasons,

@@ -115,6 +115,17 @@ GPU_SUITE = (
     Sweep("layer-decode", (4096, 65536), replace(GPU, head_dim=64), BF16),
 )
 
+# The shapes that docs/cpu-kernels.md sets targets for, against dense attention and FlexAttention.
+TARGET = replace(CPU, heads=16, kv_heads=16, head_dim=128, retrieval_dim=128)
+TARGET_SUITE = (
+    Sweep("fused", (1024, 2048), TARGET, BF16, baselines=("sdpa",)),
+    Sweep("fused", (4096,), TARGET, BF16, baselines=("sdpa", "flex")),
+    Sweep("fused", (16384,), TARGET, ("bfloat16", "float32"), baselines=("sdpa",)),
+    Sweep("fused", (16384,), replace(TARGET, chunk_size=16, top_k=4), BF16, baselines=("sdpa",)),
+    Sweep("fused", (65536,), replace(TARGET, heads=4, kv_heads=4), BF16, baselines=("sdpa",)),
+    Sweep("backward", (16384,), TARGET, BF16, baselines=("sdpa",)),
+)
+
 # Frozen: continuous integration runs it for function, never for time. Odd sizes on purpose.
 TINY = Shape(
     length=0, chunk_size=8, top_k=2, heads=4, kv_heads=2, head_dim=16, retrieval_dim=24, batch=2
@@ -131,4 +142,4 @@ SMOKE_SUITE = (
     Sweep("layer-decode", (203,), TINY),
 )
 
-SUITES = {"cpu": CPU_SUITE, "cuda": GPU_SUITE, "smoke": SMOKE_SUITE}
+SUITES = {"cpu": CPU_SUITE, "cuda": GPU_SUITE, "smoke": SMOKE_SUITE, "targets": TARGET_SUITE}

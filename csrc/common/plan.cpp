@@ -10,6 +10,7 @@ constexpr int64_t kWorthAThread = 1 << 18;
 constexpr int64_t kTasksPerThread = 4;  // enough to balance causal work
 // Scratch per thread, beyond which nothing is gained, and of all threads together.
 constexpr int64_t kAttendBytes = 16 << 20, kAllAttendBytes = 256 << 20;
+constexpr int64_t kKeptBytes = 80 << 20, kAllKeptBytes = 192 << 20;
 constexpr int64_t kSearchBytes = 8 << 20, kAllSearchBytes = 128 << 20;
 constexpr int64_t kSlotBytes = 32;     // score, index and product, and two candidates
 constexpr int64_t kQueryBytes = 1536;  // products and candidates of a tile of chunks, and bookkeeping
@@ -31,6 +32,23 @@ int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4;
 // A chunk longer than the context and more slots than chunks are legal; they just never come to be.
 int64_t chunk_size_of(const Shape& s) { return std::min(s.chunk_size, s.context + 1); }
 int64_t slots_of(const Shape& s) { return std::min(s.top_k, s.context / s.chunk_size); }
+
+// Packed keys and values of a tile, and the lists of the whole head.
+int64_t kept_bytes(const Shape& s, int64_t key_tile, int64_t tiles) {
+  return tiles * 2 * ceil_div(key_tile, 32) * 32 * ceil_div(s.head_dim, 32) * 32 * 2 +
+         s.queries * slots_of(s) * kListEntryBytes;
+}
+
+// A head whose keys and values stay packed is the work of one thread: there must be enough of them, and room.
+// Short chunks are many, and padded to whole tiles.
+int64_t kept_tiles(const Shape& s, int64_t key_tile, const Device& device) {
+  const int64_t heads = s.batch * s.kv_heads;
+  const bool balanced = heads % device.threads == 0 || heads >= 8 * device.threads;
+  if (s.chunk_size < 32 || heads == 0 || !balanced) return 0;
+  const int64_t tiles = s.context / s.chunk_size * ceil_div(s.chunk_size, key_tile);
+  const int64_t budget = std::min(kKeptBytes, kAllKeptBytes / device.threads);
+  return kept_bytes(s, key_tile, tiles) <= budget ? tiles : 0;
+}
 
 }  // namespace
 
@@ -78,16 +96,23 @@ AttendPlan plan_attend(const Shape& s, DType dtype, const Device& device) {
   plan.key_tile = std::min<int64_t>(padded(chunk_size_of(s)), 128);
   const int64_t chunks = std::max<int64_t>(1, s.context / s.chunk_size);
   const int64_t group = s.heads / std::max<int64_t>(1, s.kv_heads);
+  plan.kept_tiles = plan.tiles ? kept_tiles(s, plan.key_tile, device) : 0;
   // Packing pays when a chunk meets about a row tile of queries inside one range; on tiles products are so
-  // fast that fetching and packing a chunk weighs as much as three for every two of its tokens.
+  // fast that fetching and packing a chunk weighs as much as three for every two of its tokens. Less so where
+  // it stays packed.
   const int64_t slots = std::max<int64_t>(1, slots_of(s));
-  const int64_t rows_per_chunk = plan.tiles ? std::max<int64_t>(32, 3 * plan.key_tile / 2) : plan.row_tile;
+  const int64_t rows_per_chunk = plan.kept_tiles > 0 ? plan.key_tile
+                                 : plan.tiles        ? std::max<int64_t>(32, 3 * plan.key_tile / 2)
+                                                     : plan.row_tile;
   const int64_t wanted = ceil_div(rows_per_chunk * chunks, slots * group);
   const int64_t row_bytes = padded(s.head_dim) * accumulator_size(dtype) * group + kListEntryBytes * slots;
   const int64_t budget = std::min(kAttendBytes, kAllAttendBytes / device.threads);
   const int64_t affordable = std::max<int64_t>(64, budget / row_bytes);
   const int64_t fair = balanced(s.queries, s.batch * s.kv_heads, 64, int64_t{1} << 31, device);
-  plan.query_range = std::clamp<int64_t>(std::max<int64_t>(wanted, 1024), 64, std::min(affordable, fair));
+  // Accumulators and queries of so many rows fit the second cache.
+  const int64_t least = plan.tiles ? std::max<int64_t>(1024, 2048 / group) : 1024;
+  plan.query_range = std::clamp<int64_t>(std::max(wanted, least), 64, std::min(affordable, fair));
+  if (s.queries <= plan.query_range) plan.kept_tiles = 0;  // nothing comes back
   plan.list_chunks = balanced(chunks, s.batch * s.kv_heads, 1, 64, device);
   return plan;
 }
@@ -100,7 +125,8 @@ Plan make_plan(const Shape& s, DType dtype, DType embedding_dtype, const Device&
                          plan.search.query_block * (kQueryBytes + slots_of(s) * kSlotBytes);
   const AttendPlan& a = plan.attend;
   const int64_t attend = a.query_range * (group * (dim + 2) * width + slots_of(s) * kListEntryBytes) +
-                         (2 * a.key_tile + 2 * a.row_tile) * dim * width + a.row_tile * a.key_tile * width;
+                         (2 * a.key_tile + 2 * a.row_tile) * dim * width + a.row_tile * a.key_tile * width +
+                         (a.kept_tiles > 0 ? kept_bytes(s, a.key_tile, a.kept_tiles) : 0);
   const int64_t chunk_tensor =
       s.batch * (s.context / s.chunk_size) * s.retrieval_heads * s.retrieval_dim * size_of(embedding_dtype);
   plan.workspace_bytes = device.threads * std::max(search, attend) + chunk_tensor;

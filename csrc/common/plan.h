@@ -33,6 +33,7 @@ struct AttendPlan {
   int64_t query_range;  // queries per task; its accumulators live in the task's scratch
   int64_t row_tile;     // gathered query rows per tile
   int64_t key_tile;     // keys per tile
+  int64_t kept_tiles;   // forward: key tiles of a head that stay packed for all its queries; 0: none do
   int64_t list_chunks;  // backward: chunks per task
   bool tiles;           // products of bfloat16 on matrix tiles; else in the accumulation type
 };

@@ -29,6 +29,9 @@ struct Scratch {
         attention(p, plan) {}
   Running<typename Attention::Accumulator> running;
   Attention attention;
+  // Of the ranges of the last task: the next one is often of another head with the same selection.
+  std::vector<ChunkLists> lists;
+  Task listed{};
 };
 
 template <class Attention>
@@ -51,6 +54,11 @@ void finish_row(const AttendProblem& p, const Attention& attention, int64_t batc
                 int64_t head, A peak, A total, A* accumulator) {
   const A minus_infinity = -std::numeric_limits<A>::infinity();
   const A sink = p.sink == nullptr ? minus_infinity : static_cast<const A*>(p.sink)[head];
+  if (sink == minus_infinity && std::isfinite(peak) && total > 0) {  // the same without exponentials of 0
+    attention.store(1 / total, accumulator, p.out.at(batch, query, head));
+    static_cast<A*>(p.lse)[head_offset(p.shape, batch, query, head)] = peak + std::log(total);
+    return;
+  }
   const A top = sink > peak ? sink : peak;
   const A reference = top == minus_infinity ? A(0) : top;
   const A decay = std::exp(peak - reference);
@@ -64,13 +72,11 @@ void finish_row(const AttendProblem& p, const Attention& attention, int64_t batc
 }
 
 template <class Attention>
-void attend_task(const AttendProblem& p, const AttendPlan& plan, const Task& task, Scratch<Attention>& s) {
-  using A = typename Attention::Accumulator;
+void attend_range(const AttendProblem& p, const AttendPlan& plan, const Task& task, const ChunkLists& lists,
+                  Scratch<Attention>& s) {
   const int64_t group = p.shape.heads / p.shape.kv_heads, rows = (task.end - task.begin) * group;
   const StageScope attention(Stage::kAttention);
   s.running.reset(rows);
-  const ChunkLists lists =
-      selection_lists<A>(p, *task.sequence, retrieval_head_of(p.shape, task.head), task.begin, task.end);
   s.attention.begin(task, lists);
   for (size_t i = 0; i < lists.runs.size(); ++i) {
     if (i + 1 < lists.runs.size()) s.attention.expect(task, lists.runs[i + 1].chunk);
@@ -84,8 +90,26 @@ void attend_task(const AttendProblem& p, const AttendPlan& plan, const Task& tas
 }
 
 template <class Attention>
+void attend_task(const AttendProblem& p, const AttendPlan& plan, const Task& task, Scratch<Attention>& s) {
+  const int64_t retrieval_head = retrieval_head_of(p.shape, task.head), step = plan.query_range;
+  const bool listed =
+      s.listed.sequence == task.sequence && s.listed.begin == task.begin && s.listed.head == retrieval_head;
+  if (!listed) s.lists.clear();
+  s.listed = task, s.listed.head = retrieval_head;
+  Task range = task;
+  for (size_t i = 0; range.begin < task.end; ++i, range.begin = range.end) {
+    range.end = std::min(range.begin + step, task.end);
+    if (!listed)
+      s.lists.push_back(selection_lists<typename Attention::Accumulator>(p, *task.sequence, retrieval_head,
+                                                                         range.begin, range.end));
+    attend_range(p, plan, range, s.lists[i], s);
+  }
+}
+
+template <class Attention>
 void run(const AttendProblem& p, const AttendPlan& plan, const Executor& executor) {
-  const auto tasks = make_tasks(*p.sequences, p.shape.kv_heads, plan.query_range, query_extent);
+  const int64_t block = plan.kept_tiles > 0 ? p.shape.queries : plan.query_range;
+  const auto tasks = make_tasks(*p.sequences, p.shape.kv_heads, block, query_extent);
   for_each_task(
       executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<Attention>(p, plan); },
       [&](Scratch<Attention>& s, int64_t i) { attend_task(p, plan, tasks[i], s); });

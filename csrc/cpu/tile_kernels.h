@@ -44,10 +44,12 @@ struct TileAttend {
   int64_t row_count, key_count, dim;  // dim: padded_brick(D)
   const int32_t* rows;                // [rows_known] accumulators of these rows, then of those that come next
   int64_t rows_known;
+  bool rows_spill;              // queries and accumulators do not fit the second cache
   const float* bias;            // [row_count], or null
   const uint16_t* queries;      // [.., dim] by accumulator
   const uint16_t *key, *value;  // packed
   TileRows* expected;           // two; what is fetched from memory meanwhile is taken off
+  int64_t expected_per_row;     // rows of them for each row of this
   float scale;
   float *sum, *peak, *total;  // by accumulator: [.., dim], running maximum, running sum of weights
   TileAttendScratch* scratch;

@@ -74,21 +74,23 @@ void check(const resona::Shape& s) {
           "1 or a divisor of kv_heads = " + std::to_string(s.kv_heads), std::to_string(s.retrieval_heads));
 }
 
-PlanView cpu_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t threads) {
+PlanView cpu_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t threads,
+                  const std::string& isa) {
   require(threads >= 1, "threads", "at least 1", std::to_string(threads));
-  const resona::Plan p = resona::make_plan(s, rows, embeddings, {threads});
+  const bool known = isa == "amx" || isa == "avx512" || isa == "avx2" || isa == "portable";
+  require(known, "isa", "amx, avx512, avx2 or portable", isa);
+  const resona::Plan p = resona::make_plan(s, rows, embeddings, {threads, isa == "amx"});
+  std::map<std::string, int64_t> attend{{"query_range", p.attend.query_range},
+                                        {"row_tile", p.attend.row_tile},
+                                        {"key_tile", p.attend.key_tile},
+                                        {"list_chunks", p.attend.list_chunks}};
+  if (p.attend.kept_tiles > 0) attend["kept_tiles"] = p.attend.kept_tiles;
   return {{{"pool", p.pool.kernel, p.pool.reason, {{"chunks_per_task", p.pool.chunks_per_task}}},
            {"search",
             p.search.kernel,
             p.search.reason,
             {{"query_block", p.search.query_block}, {"chunk_block", p.search.chunk_block}}},
-           {"attend",
-            p.attend.kernel,
-            p.attend.reason,
-            {{"query_range", p.attend.query_range},
-             {"row_tile", p.attend.row_tile},
-             {"key_tile", p.attend.key_tile},
-             {"list_chunks", p.attend.list_chunks}}}},
+           {"attend", p.attend.kernel, p.attend.reason, attend}},
           p.workspace_bytes};
 }
 
@@ -247,15 +249,15 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
 PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t heads, int64_t kv_heads,
                    int64_t head_dim, int64_t retrieval_heads, int64_t retrieval_dim, int64_t chunk_size,
                    int64_t top_k, const std::string& dtype, const std::string& embedding_dtype,
-                   const std::string& device, int64_t threads, int64_t sm, int64_t sms,
-                   const std::map<std::string, int64_t>& tuning) {
+                   const std::string& device, int64_t threads, const std::string& isa, int64_t sm,
+                   int64_t sms, const std::map<std::string, int64_t>& tuning) {
   const resona::Shape s{batch,    queries,         context,       heads,      kv_heads,
                         head_dim, retrieval_heads, retrieval_dim, chunk_size, top_k};
   check(s);
   const resona::DType rows = dtype_named("dtype", dtype);
   const resona::DType embeddings =
       embedding_dtype.empty() ? rows : dtype_named("embedding_dtype", embedding_dtype);
-  if (device == "cpu") return cpu_plan(s, rows, embeddings, threads);
+  if (device == "cpu") return cpu_plan(s, rows, embeddings, threads, isa);
   require(device == "cuda", "device", "cpu or cuda", device);
   for (const auto& [argument, type] : {std::pair("dtype", rows), std::pair("embedding_dtype", embeddings)})
     require(type != resona::DType::kFloat64, argument, "float32, float16 or bfloat16 on CUDA", "float64");
@@ -279,6 +281,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("retrieval_heads"),
         py::arg("retrieval_dim"), py::arg("chunk_size"), py::arg("top_k"), py::arg("dtype") = "float32",
         py::arg("embedding_dtype") = "", py::arg("device") = "cpu", py::arg("threads") = 1,
-        py::arg("sm") = 90, py::arg("sms") = 132, py::arg("tuning") = std::map<std::string, int64_t>(),
+        py::arg("isa") = "portable", py::arg("sm") = 90, py::arg("sms") = 132,
+        py::arg("tuning") = std::map<std::string, int64_t>(),
         "Which kernels a problem would run, with which tiles and why. Raises ValueError if it is not legal.");
 }

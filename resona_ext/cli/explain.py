@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import shutil
 import textwrap
 
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
     parser.add_argument("--embedding-dtype", help="default: like --dtype")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--isa", help="CPU: amx, avx512, avx2 or portable (default: what this machine runs)"
+    )
     parser.add_argument(
         "--sm",
         type=_int64,
@@ -95,6 +99,8 @@ def _problem(arguments: argparse.Namespace) -> dict[str, int | str]:
         "embedding_dtype": arguments.embedding_dtype or arguments.dtype,
         "device": arguments.device,
     }
+    if arguments.device == "cpu":
+        problem["isa"] = arguments.isa or json.loads(torch.ops.resona._build_info())["cpu_isa"]
     if arguments.device == "cuda":
         sm, sms = _cuda_device()
         problem["sm"] = sm if arguments.sm is None else arguments.sm

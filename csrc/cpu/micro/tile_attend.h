@@ -121,9 +121,24 @@ struct NoProduct {
   void advance(int64_t) {}
 };
 
+// Brings into the second cache what row `row` of the list will read, and some keys and values of the next
+// chunk. Row by row: many requests at once would hold up the work that they are to run beside.
+inline void prefetch_row(const TileAttend& t, int64_t row) {
+  if (t.rows_spill && row < t.rows_known) {
+    prefetch<_MM_HINT_T1>(t.queries + t.rows[row] * t.dim, t.dim * 2);
+    prefetch<_MM_HINT_T1>(t.sum + t.rows[row] * t.dim, t.dim * 4);
+  }
+  for (int64_t i = 0; i < t.expected_per_row; ++i) {
+    TileRows& next = t.expected[t.expected[0].count == 0];
+    if (next.count == 0) return;
+    prefetch<_MM_HINT_T1>(next.data, next.dim * 2);
+    --next.count, next.data += next.stride;
+  }
+}
+
 // Up to 16 rows. V: vectors per row of logits; the last counts as far as `tail` says.
 struct SoftmaxGroup {
-  int64_t count;
+  int64_t first, count;
   const int32_t* rows;  // their accumulators
   const float* bias;    // or null
   const float* logit;   // [16, padded_brick(keys)]
@@ -169,6 +184,7 @@ inline void softmax_group(const TileAttend& t, const SoftmaxGroup& b, int64_t st
   __m512 sum[kGroup];
   for (int i = 0; i < kGroup; ++i) {
     next.advance(i);
+    if (i < b.count) prefetch_row(t, b.first + kBlock + i);
     const float* row = b.logit + i * stride;
     uint16_t* weight = b.weight + i * stride;
     const __m512 shift = _mm512_set1_ps(offset[i]);
@@ -202,19 +218,6 @@ inline void merge_piece(const TileAttend& t, const int32_t* rows, int64_t count,
   }
 }
 
-// What the block from `first` on will read, brought into the second cache.
-inline void prefetch_block(const TileAttend& t, int64_t first) {
-  const int64_t end = first + kBlock < t.rows_known ? first + kBlock : t.rows_known;
-  for (int64_t i = first; i < end; ++i) {
-    prefetch<_MM_HINT_T1>(t.queries + t.rows[i] * t.dim, t.dim * 2);
-    prefetch<_MM_HINT_T1>(t.sum + t.rows[i] * t.dim, t.dim * 4);
-  }
-  // A few rows per block: too many requests at once would hold up the work that they are to run beside.
-  for (TileRows* rows = t.expected; rows < t.expected + 2; ++rows)
-    for (int i = 0; i < kBlock && rows->count > 0; ++i, --rows->count, rows->data += rows->stride)
-      prefetch<_MM_HINT_T1>(rows->data, rows->dim * 2);
-}
-
 inline void gather_queries(const TileAttend& t, const int32_t* rows, int64_t count, uint16_t* to) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < t.dim; d += 32)
@@ -229,7 +232,8 @@ inline void weigh_block(const TileAttend& t, int64_t first, int64_t count) {
   const int32_t* rows = t.rows + first;
   const auto many = [&](int64_t i) { return count - i < kGroup ? count - i : kGroup; };
   const auto group = [&](int64_t i) {
-    return SoftmaxGroup{many(i),
+    return SoftmaxGroup{first + i,
+                        many(i),
                         rows + i,
                         t.bias == nullptr ? nullptr : t.bias + first + i,
                         s.logit[i / kGroup & 1],
@@ -290,7 +294,6 @@ inline void tile_attend(const TileAttend& t) {
   const FlushToZero flush;
   for (int64_t first = 0; first < t.row_count; first += kBlock) {
     const int64_t count = t.row_count - first < kBlock ? t.row_count - first : kBlock;
-    prefetch_block(t, first + kBlock);
     weigh_keys(t, first, count);
     merge_values(t, first, count);
   }

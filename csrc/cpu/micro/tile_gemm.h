@@ -20,7 +20,11 @@ inline void tiles_begin(void* saved) {
   _tile_loadconfig(&kTileConfig);
 }
 
-inline void tiles_end(const void* saved) { _tile_loadconfig(saved); }
+// What was stored past the caches is seen by whoever waits for this thread.
+inline void tiles_end(const void* saved) {
+  _mm_sfence();
+  _tile_loadconfig(saved);
+}
 
 // M row tiles by N column tiles.
 template <int M, int N>
