@@ -96,7 +96,7 @@ inline float largest_magnitude(const float* x, int64_t n) {
 }
 
 template <class A>
-Query prepare_query(const A* raw, A* filter, int64_t dim, int64_t eligible) {
+SearchQuery prepare_query(const A* raw, A* filter, int64_t dim, int64_t eligible) {
   SearchQuery query{std::sqrt(kernels<A>().canonical_dot(raw, raw, dim)), 0, true, eligible, 0, 0};
   if constexpr (std::is_same_v<A, float>) {
     const double largest = largest_magnitude(raw, dim);
