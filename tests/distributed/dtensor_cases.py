@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.distributed as dist
+from layer_cases import EVERYTHING, WIDTH, draw, make_layer
 from sharded_cases import Case, inputs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import implicit_replication
 
 import resona_ext
 import resona_ext.distributed  # registers the sharding rules
@@ -189,3 +193,58 @@ def refuse_to_move_caches(rank: int, ranks: int) -> list[str]:
         except Exception as error:
             texts.append(str(error))
     return texts
+
+
+# --- The layer
+
+
+def _split_by_heads(layer) -> None:
+    """As docs/scaling.md says it: heads over the ranks, the rest whole."""
+    several = layer.retrieval_heads > 1
+    rows = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "sink")
+    rows += ("score_scale", "encoders.query_map.weight") if several else ()
+
+    def place(name: str):
+        if name == "o_proj.weight":
+            return Shard(1)
+        return Shard(0) if name in rows else Replicate()
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name, parameter in list(layer.named_parameters()):
+        owner, _, own_name = name.rpartition(".")
+        split = nn.Parameter(
+            distribute_tensor(parameter.detach(), mesh, [place(name)]),
+            requires_grad=parameter.requires_grad,
+        )
+        setattr(layer.get_submodule(owner), own_name, split)
+
+
+def check_layer(rank: int, ranks: int) -> str:
+    mesh = init_device_mesh("cpu", (ranks,))
+    heads = {"retrieval_heads": 2, "num_kv_heads": 2}
+    for settings in ({}, {"trainable_retrieval": True}, EVERYTHING | heads):
+        whole = [draw(2, 21, WIDTH, seed=i) for i in range(3)]
+        one, inputs = make_layer(settings), [t.clone().requires_grad_() for t in whole]
+        out = one(*inputs)
+        out.square().sum().backward()
+
+        layer = make_layer(settings)
+        _split_by_heads(layer)
+        parts = [distribute_tensor(t, mesh, [Replicate()]).requires_grad_() for t in whole]
+        # Positions and the like are plain tensors, the same on every rank.
+        with implicit_replication(), CommDebugMode() as moved:
+            got = layer(*parts)
+            moved_forward = {str(op): n for op, n in moved.get_comm_counts().items()}
+            got.square().sum().backward()
+        # Each rank's share of the output, and with several retrieval heads the indices of the first,
+        # which say for all of them which rows are empty.
+        gathers = int(layer.retrieval_heads > 1)
+        assert moved_forward.pop("c10d_functional.all_gather_into_tensor", 0) == gathers
+        assert set(moved_forward) == {"c10d_functional.all_reduce"}, moved_forward
+        torch.testing.assert_close(got.full_tensor(), out)
+        pairs = [*zip(layer.parameters(), one.parameters(), strict=True)]
+        pairs += zip(parts, inputs, strict=True)
+        for a, b in pairs:
+            if b.grad is not None:
+                torch.testing.assert_close(a.grad.full_tensor(), b.grad)
+    return "equal"

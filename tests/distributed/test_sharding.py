@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dtensor_cases import (
+    check_layer,
     check_packed,
     check_prefix,
     check_retrieval,
@@ -17,6 +18,11 @@ from resona_ext.distributed.sharding import RESULTS
 @pytest.mark.parametrize("check", [check_retrieval, check_packed, check_prefix, check_steps])
 def test_operators_on_dtensors(check, tmp_path):
     for result in run(2, check, folder=tmp_path):
+        assert result == ("returned", "equal"), result
+
+
+def test_a_layer_split_by_heads(tmp_path):
+    for result in run(2, check_layer, folder=tmp_path):
         assert result == ("returned", "equal"), result
 
 
