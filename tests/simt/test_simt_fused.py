@@ -60,6 +60,7 @@ class Fused:
     sms: int = 2
     part: int = 0  # batch entries at a time; 0: as the plan says
     apart: int = 0  # 1: search and attention are launches of their own, whatever the plan says
+    range_heads: int = 0  # key/value heads of a list at a time; 0: as the plan says
 
     def __post_init__(self):
         torch.manual_seed(0)
@@ -104,7 +105,9 @@ class Fused:
 
     def case(self) -> Case:
         inputs = {name: storage(x) for name, x in self.tensors.items() if x is not None}
-        scalars = {name: getattr(self, name) for name in (*SIZES, "sms", "part", "apart")}
+        scalars = {
+            name: getattr(self, name) for name in (*SIZES, "sms", "part", "apart", "range_heads")
+        }
         scalars |= {"sequences": len(self.lengths), "scale": repr(self.head_dim**-0.5)}
         embedding = self.tensors["context_embedding"].dtype
         scalars |= {"dtype": name_of(self.dtype), "embedding_dtype": name_of(embedding)}
@@ -238,6 +241,16 @@ def test_contexts_whose_chunks_have_no_unit_norm(plain, dtype, spoil):
         dict(chunk_size=1, top_k=20, context=90),
     ):
         Fused(dtype, spoil=spoil, **fields).check(plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_some_heads_at_a_time_share_what_the_search_counted(plain, dtype):
+    fields = PROBLEMS["chunk"][0] | dict(heads=10, kv_heads=5, sink=True)
+    case = Fused(dtype, **fields).check(plain)
+    assert case.expected["launches"] == 5  # one of them for the index
+    for heads, launches in ((1, 13), (2, 9), (4, 7)):
+        case.scalars["range_heads"], case.expected["launches"][:] = heads, launches
+        case.check(plain, ANY)
 
 
 # One sequence of some hundred queries on one multiprocessor: enough tiles for the search to attend itself.

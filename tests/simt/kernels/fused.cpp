@@ -78,6 +78,10 @@ CudaFusedPlan plan_of(const simt::Arguments& a, const FusedProblem& p) {
   CudaFusedPlan plan = plan_fused_cuda(s, facts, device);
   // As if there were room for so many batch entries only.
   if (a.integer("part") > 0) divide(plan, a.integer("part"), s, facts, device);
+  if (const int64_t heads = a.integer("range_heads")) {  // fewer at a time than there is room for
+    plan.launches += 2 * ((s.kv_heads / s.retrieval_heads + heads - 1) / heads - 1);
+    plan.part.attend.range_heads = plan.last.attend.range_heads = heads;
+  }
   return plan;
 }
 
