@@ -61,6 +61,7 @@ def load() -> dict:
     }
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     operators = ("pool_chunks", "retrieve", "attend", "fused_retrieve_attend", "decode_step")
+    operators += ("prefix_linear_attention", "prefix_linear_attention_step")
     facts["on_cuda"] = [name for name in operators if has_kernel(f"resona::{name}", "CUDA")]
     facts["problems"] = []
     if build["cuda"] == "none":

@@ -25,17 +25,19 @@ struct PrefixShape {
 // States are float, or double for float64 inputs.
 struct PrefixProblem {
   PrefixShape shape;
-  const std::vector<PrefixSequence>* sequences;
-  Rows query, key;                 // [B, T, H, f]
-  Rows value;                      // [B, T, H, V]
-  Rows prefix_key, prefix_value;   // [B, M, H, f] and [B, M, H, V]
-  const uint8_t* mask;             // [B, T] zero: padding; or null
-  const void* initial_state;       // [n, H, F, V], or null
-  const void* initial_normalizer;  // [n, H, F], or null
-  double scale;                    // factor of <query, key>, positive
-  MutableRows out;                 // [B, T, H, V]
-  void* state;                     // [n, H, F, V]
-  void* normalizer;                // [n, H, F]
+  const std::vector<PrefixSequence>* sequences;  // on the CPU
+  DeviceSequences packed;                        // on CUDA
+  const int32_t* prefix_lengths;                 // on CUDA: [n] on the device, or null
+  Rows query, key;                               // [B, T, H, f]
+  Rows value;                                    // [B, T, H, V]
+  Rows prefix_key, prefix_value;                 // [B, M, H, f] and [B, M, H, V]
+  const uint8_t* mask;                           // [B, T] zero: padding; or null
+  const void* initial_state;                     // [n, H, F, V], or null
+  const void* initial_normalizer;                // [n, H, F], or null
+  double scale;                                  // factor of <query, key>, positive
+  MutableRows out;                               // [B, T, H, V]
+  void* state;                                   // [n, H, F, V]
+  void* normalizer;                              // [n, H, F]
 };
 
 struct PrefixBackwardProblem {
@@ -44,8 +46,8 @@ struct PrefixBackwardProblem {
   const void *state_gradient, *normalizer_gradient;            // like the states, or null
   MutableRows query_gradient, key_gradient;                    // [B, T, H, f]
   MutableRows value_gradient;                                  // [B, T, H, V]
-  MutableRows prefix_key_gradient;                             // [B, M, H, f], zero on entry
-  MutableRows prefix_value_gradient;                           // [B, M, H, V], zero on entry
+  MutableRows prefix_key_gradient;                             // [B, M, H, f], zero on entry to the CPU
+  MutableRows prefix_value_gradient;                           // [B, M, H, V], zero on entry to the CPU
   void *initial_state_gradient, *initial_normalizer_gradient;  // or null
 };
 

@@ -7,6 +7,7 @@
 #include "cuda/attend_backward.h"
 #include "cuda/decode.h"
 #include "cuda/fused.h"
+#include "cuda/prefix.h"
 #include "cuda/two_level.h"
 #include "ops/cuda.h"
 
@@ -76,26 +77,31 @@ class CudaBackend final : public Backend {
         vector(p.shape.retrieval_dim, p.chunks)};
     run(&cuda::decode_step, p, plan_decode_cuda(p.shape, facts, call_.device()));
   }
-  void prefix_linear_attention(const PrefixProblem&) const override { refuse("prefix_linear_attention"); }
-  void prefix_linear_attention_backward(const PrefixBackwardProblem&) const override {
-    refuse("_prefix_linear_attention_backward");
+  void prefix_linear_attention(const PrefixProblem& p) const override {
+    run(&cuda::prefix_linear_attention, p, plan_prefix_cuda(p.shape, facts_of(p), call_.device()));
   }
-  void prefix_linear_attention_step(const PrefixStepProblem&) const override {
-    refuse("prefix_linear_attention_step");
+  void prefix_linear_attention_backward(const PrefixBackwardProblem& p) const override {
+    CudaPrefixFacts facts = facts_of(p.forward);
+    facts.vector_rows = facts.vector_rows && rows_of_16_bytes(p.out_gradient, p.forward.shape.value_dim);
+    run(&cuda::prefix_linear_attention_backward, p,
+        plan_prefix_backward_cuda(p.forward.shape, facts, call_.device()));
+  }
+  void prefix_linear_attention_step(const PrefixStepProblem& p) const override {
+    cuda::prefix_linear_attention_step(p, call_.stream());
   }
 
  private:
-  [[noreturn]] static void refuse(const std::string& op) {
-    throw std::runtime_error(
-        "resona::" + op +
-        ": query: expected device cpu, as this version has no CUDA kernel for it, got cuda");
-  }
-
   static CudaAttendFacts facts_of(const AttendProblem& p) {
     const int64_t dim = p.shape.head_dim;
     const bool vector_rows = rows_of_16_bytes(p.query, dim) && rows_of_16_bytes(p.key, dim) &&
                              rows_of_16_bytes(p.value, dim) && rows_of_16_bytes(p.out, dim);
     return {cuda_facts(vector_rows, p.packed), p.query.dtype, p.distinct, p.bias != nullptr};
+  }
+
+  static CudaPrefixFacts facts_of(const PrefixProblem& p) {
+    const auto vector = [](int64_t dim, const auto&... rows) { return (rows_of_16_bytes(rows, dim) && ...); };
+    return {p.packed.cu_seqlens != nullptr, vector(p.shape.feature_dim, p.query, p.key, p.prefix_key) &&
+                                                vector(p.shape.value_dim, p.value, p.prefix_value)};
   }
 
   template <class Problem, class Plan>

@@ -17,10 +17,12 @@ struct Prepared {  // tensors that kernels can read, kept alive
         prefix_key(with_contiguous_rows(a.prefix_key)),
         prefix_value(with_contiguous_rows(a.prefix_value)),
         mask(contiguous(a.mask)),
+        cu_seqlens(contiguous(a.cu_seqlens)),
+        prefix_lengths(contiguous(a.prefix_lengths)),
         initial_state(contiguous(a.initial_state)),
         initial_normalizer(contiguous(a.initial_normalizer)) {}
   Tensor query, key, value, prefix_key, prefix_value;
-  OptionalTensor mask, initial_state, initial_normalizer;
+  OptionalTensor mask, cu_seqlens, prefix_lengths, initial_state, initial_normalizer;
 };
 
 double scale_or_default(std::optional<double> scale, const PrefixShape& s) {
@@ -38,6 +40,8 @@ PrefixProblem make_problem(const CheckedPrefix& checked, const Prepared& t, std:
   PrefixProblem p{};
   p.shape = checked.shape;
   p.sequences = &checked.sequences;
+  p.packed = {static_cast<const int32_t*>(data_or_null(t.cu_seqlens)), checked.shape.sequences};
+  p.prefix_lengths = static_cast<const int32_t*>(data_or_null(t.prefix_lengths));
   p.query = rows_of(t.query), p.key = rows_of(t.key), p.value = rows_of(t.value);
   p.prefix_key = rows_of(t.prefix_key), p.prefix_value = rows_of(t.prefix_value);
   p.mask = static_cast<const uint8_t*>(data_or_null(t.mask));
@@ -101,8 +105,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_linear
   const std::vector<int64_t> key_shape{s.batch, s.tokens, s.heads, s.feature_dim}, none{0};
   const Tensor query_gradient = empty(query, key_shape, type), key_gradient = empty(query, key_shape, type);
   const Tensor value_gradient = empty(query, out_shape(s), type);
-  const Tensor prefix_key_gradient = zeros(query, {s.batch, s.prefix_rows, s.heads, s.feature_dim}, type);
-  const Tensor prefix_value_gradient = zeros(query, {s.batch, s.prefix_rows, s.heads, s.value_dim}, type);
+  const Tensor prefix_key_gradient =
+      sparse_result(*backend, query, {s.batch, s.prefix_rows, s.heads, s.feature_dim}, type);
+  const Tensor prefix_value_gradient =
+      sparse_result(*backend, query, {s.batch, s.prefix_rows, s.heads, s.value_dim}, type);
   const bool continued = initial_state.has_value();
   const Tensor state_result = empty(query, continued ? state_shape(s) : none, sum_type);
   const Tensor normalizer_result = empty(query, continued ? normalizer_shape(s) : none, sum_type);

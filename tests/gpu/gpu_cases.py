@@ -18,6 +18,7 @@ from gpu_operators import (
     OPERATORS,
     Case,
     decode_cases,
+    jrt_cases,
     not_finite,
     tiny_and_huge,
     zero_rows,
@@ -99,7 +100,7 @@ def _cases() -> Iterator[Case]:
     yield large("retrieve", "one query in a million", BF16, L=1_000_003, T=1, E=64, S=16, k=8)
 
 
-CASES = (*_cases(), *decode_cases.cases(Case))
+CASES = (*_cases(), *decode_cases.cases(Case), *jrt_cases.cases(Case))
 
 
 # Values that the shape checks let pass. The CPU refuses them, and so does CUDA with RESONA_DEBUG=1; else CUDA
@@ -162,7 +163,7 @@ def jobs(device: str, small: bool = False) -> list[Job]:
     plain = Case("decode_step", "plain")
     found += [Job("wrong", plain, Wrong("lengths", *w)) for w in decode_cases.WRONG_LENGTHS.items()]
     for op in OPERATORS:
-        if op == "decode_step":
+        if op.endswith("_step"):
             continue
         packed = Case(op, "packed", lengths=PACKED)
         found += [Job("wrong", packed, Wrong("cu_seqlens", *w)) for w in WRONG_BORDERS.items()]

@@ -18,9 +18,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import decode_cases
+import jrt_cases
 from support import embeddings
 
 from resona_ext import reference
+from resona_ext.jrt import reference as jrt_reference
 
 ops = torch.ops.resona
 Arguments = dict[str, Tensor | int | None]
@@ -73,6 +75,8 @@ class Operator:
     # and of the expected outputs, whose indices are constants.
     differentiable: tuple[str, ...] = ()
     smooth: Callable[[Arguments, tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
+    # What support.assert_no_worse forgives a close output, from the case and the truth.
+    rounding: Callable[[Case, Tensor], float] = lambda case, truth: 0.0
 
 
 # How a tensor lies in memory. Gradients are asked for in every layout.
@@ -276,6 +280,25 @@ OPERATORS = {
         outputs=decode_cases.OUTPUTS,
         close=frozenset({"out", "lse"}),
         truth=decode_cases.truth,
+    ),
+    "prefix_linear_attention": Operator(
+        jrt_cases.make,
+        ops.prefix_linear_attention,
+        jrt_reference.quadratic,
+        outputs=jrt_cases.OUTPUTS,
+        close=frozenset(jrt_cases.OUTPUTS),
+        truth=lambda arguments, _: ops.prefix_linear_attention(*arguments.values()),
+        differentiable=jrt_cases.DIFFERENTIABLE,
+        smooth=lambda arguments, _: jrt_reference.quadratic(*arguments.values()),
+        rounding=jrt_cases.rounding,
+    ),
+    "prefix_linear_attention_step": Operator(
+        jrt_cases.make_step,
+        jrt_cases.run_step,
+        jrt_cases.expect_step,
+        outputs=jrt_cases.OUTPUTS,
+        close=frozenset(jrt_cases.OUTPUTS),
+        rounding=jrt_cases.rounding,
     ),
     "_pool_chunks_backward": Operator(make_pool_chunks_backward, ops._pool_chunks_backward),
     "_retrieve_backward": Operator(make_retrieve_backward, ops._retrieve_backward),
