@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.recall import __main__ as cli
-from benchmarks.recall import answers, store
+from benchmarks.recall import answers, report, store
 from benchmarks.recall.config import make_cell
 from benchmarks.recall.data.questions import Question, read_questions
 from benchmarks.recall.data.tokens import Words
@@ -236,7 +237,7 @@ def test_what_cannot_be_scored_is_named(error, monkeypatch):
     found = answers.score(["oats"], [["oats"]])
     assert found["f1"] == 100 and "bleu" not in found and "meteor" not in found
     assert "python -m nltk.downloader wordnet" in found["missing"]["meteor"]
-    assert "pip install 'resona_ext[qa]'" in found["missing"]["bleu"]
+    assert "pip install sacrebleu rouge-score nltk" in found["missing"]["bleu"]
 
 
 # --- the task -------------------------------------------------------------------------------------
@@ -332,6 +333,31 @@ def test_wrong_settings_are_one_line(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
         qa(**settings).test_set()
     assert "\n" not in str(caught.value)
+
+
+def test_the_report_has_the_papers_figures_where_the_data_are_theirs():
+    """Two runs over CoQA, and one over a file."""
+
+    def row(test: str, kind: str, f1: float, **scores) -> dict:
+        cell = make_cell(pretrained_cell("m", branch={"kind": kind}))
+        cell.task["test"] = test
+        missing = {} if "meteor" in scores else {"meteor": "needs WordNet"}
+        found = {"questions": 9, "f1": f1, "exact_match": 1.0, "missing": missing, **scores}
+        return {"cell": asdict(cell), "result": {"exact": 0.5, "token": 0.5, "written": found}}
+
+    rows = [
+        row("hub:coqa:validation", "none", 50.0),
+        row("hub:coqa:validation", "resona", 61.0, bleu=20.0, rouge_l=30.0, meteor=40.0),
+        row("coqa.json", "none", 70.0),
+    ]
+    text = report.written(report.group(rows))
+    lines = [" ".join(line.split()) for line in text.splitlines()[2:]]
+    assert lines[0].endswith("plain 9 - - - 50.0 1.0")
+    assert lines[1] == "paper Mamba plain 35.5 73.0 49.3 60.6 -"
+    assert lines[2].endswith("+ Resona 9 20.0 30.0 40.0 61.0 1.0")
+    assert lines[3] == "paper Mamba + Resona 44.3 75.0 52.2 61.2 -"
+    assert lines[4].endswith("plain 9 - - - 70.0 1.0")
+    assert lines[5:] == ["METEOR: needs WordNet"]
 
 
 # --- models ---------------------------------------------------------------------------------------

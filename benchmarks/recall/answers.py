@@ -108,4 +108,6 @@ def _package(module: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise Missing(f"needs a package ({error}): pip install 'resona_ext[qa]'") from error
+        raise Missing(
+            f"needs a package ({error}): pip install sacrebleu rouge-score nltk"
+        ) from error

@@ -185,6 +185,10 @@ def written(groups: Sequence[Runs]) -> str | None:
             ]
             row = (*runs.row.split("|"), runs.variant)
             lines.append([*row, str(scores[0]["questions"]), *means])
+        theirs = paper.answers(runs.cell)
+        if scores and theirs is not None:
+            branch = KIND_NAMES[runs.cell.branch.kind]
+            lines.append(["paper", "", "Mamba", branch, "", *(f"{x:.1f}" for x in theirs), "-"])
         missing |= {name: why for score in scores for name, why in score["missing"].items()}
     notes = [f"{WRITTEN[name]}: {why}" for name, why in missing.items()]
     return "\n".join([_align(lines), *notes]) if len(lines) > 1 else None
