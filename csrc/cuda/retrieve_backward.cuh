@@ -26,16 +26,16 @@
 #include "common/macros.h"
 #include "cuda/device.cuh"
 #include "cuda/index.cuh"
+#include "cuda/lane_part.cuh"
 #include "cuda/ptx/griddepcontrol.cuh"
 #include "cuda/sequences.cuh"
-#include "cuda/types.cuh"
 
 namespace resona::cuda {
 
 struct RetrieveBackwardConfig {
   static constexpr int kThreads = 128;
   static constexpr int kWarps = kThreads / kWarpSize;
-  static constexpr int kPerLane = 8;  // elements of a row
+  static constexpr int kPerLane = kLaneElements;  // of a row
   static constexpr int kRegisterCap = 128;
   static constexpr int kMinBlocks = 65536 / (kThreads * kRegisterCap);
 };
@@ -93,52 +93,6 @@ RESONA_HD int64_t partial_row(int64_t list_begin, int64_t segment_of_list, int64
   return 2 * (list_begin / segment + segment_of_list) + (segment_of_list == 0);
 }
 
-// What a lane owns of a slice of a row: packs of 16 bytes, those of neighbouring lanes side by side.
-template <class T>
-struct LanePart {
-  static constexpr int kPack = Pack<T, true>::kSize;
-  static constexpr int kPacks = RetrieveBackwardConfig::kPerLane / kPack;
-  static constexpr int kUnroll = 4 / kPacks;  // rows in flight: 64 bytes per lane
-  Pack<T, true> packs[kPacks];
-
-  static __device__ __forceinline__ int first_element(int pack, int lanes) {
-    return (pack * lanes + (static_cast<int>(threadIdx.x) & (lanes - 1))) * kPack;
-  }
-
-  // f(pack, its first element within the slice), as far as `count` elements reach.
-  template <class F>
-  __device__ __forceinline__ void for_packs(int lanes, int count, const F& f) {
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int e = first_element(i, lanes);
-      if (e < count) f(packs[i], e);
-    }
-  }
-
-  __device__ __forceinline__ void load(const T* from, int lanes, int count, bool vector) {
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) packs[i].clear();
-    for_packs(lanes, count, [&](Pack<T, true>& pack, int e) {
-      if (vector) return pack.load(from + e);
-#pragma unroll
-      for (int j = 0; j < kPack; ++j)
-        if (e + j < count) pack.at[j] = from[e + j];
-    });
-  }
-
-  __device__ __forceinline__ void store(T* to, int lanes, int count, bool vector) {
-    for_packs(lanes, count, [&](Pack<T, true>& pack, int e) {
-      if (vector) return pack.store(to + e);
-#pragma unroll
-      for (int j = 0; j < kPack; ++j)
-        if (e + j < count) to[e + j] = pack.at[j];
-    });
-  }
-
-  __device__ __forceinline__ float at(int i) const { return to_float(packs[i / kPack].at[i % kPack]); }
-  __device__ __forceinline__ void set(int i, float x) { from_float(x, packs[i / kPack].at[i % kPack]); }
-};
-
 // sum += factor * row over `count` rows: find(i, factor) gives a row's address, or null for none. All lanes
 // of the warp call it, with the same `i`.
 template <class T, class Find>
@@ -163,12 +117,6 @@ __device__ __forceinline__ void add_rows(const RetrieveBackwardParams<T>& p, int
         sum[j] = std::fma(factors[u], parts[u].at(j), sum[j]);
     }
   }
-}
-
-template <class A>
-__device__ __forceinline__ A sum_lanes(A x, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
 }
 
 // ---- gradient of the queries
