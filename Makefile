@@ -52,10 +52,12 @@ format: .venv/.ready  ## rewrite Python and C++ in the project's style
 clean:  ## remove build products and the environment
 	rm -rf .venv build dist resona_ext.egg-info resona_ext/*.so demo.png
 
+# The constraints hold in build environments too, for what comes as a source package; older and newer pip go by
+# different variables.
 .venv/.ready: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "resona_ext: expected Python >= 3.10, got " + sys.version)'
 	$(PYTHON) -m venv .venv || { echo "resona_ext: '$(PYTHON) -m venv' failed; on Debian install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet -r constraints.txt
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -r constraints.txt
 	@touch $@
 
 resona_ext/libresona.so: .venv/.ready build/.settings $(SOURCES)
