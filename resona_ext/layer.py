@@ -293,7 +293,7 @@ class Resona(nn.Module):
             mesh: of one dimension, whose ranks share the sequence: T are the tokens of this rank, and
                 every rank calls. cu_seqlens are then the borders in the whole; a cache of
                 `make_cache(mesh=...)` is filled by one such call, and gets further tokens, the same on
-                every rank, without mesh. Not with attention_mask, indices or an encoder of your own.
+                every rank, without mesh. Not with attention_mask or indices.
             layout: which rank holds what, as in `resona_ext.distributed.retrieve_attend`.
 
         Returns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,7 @@ def retrieve_attend(
     scale: float | None = None,
     inclusive: bool = False,
     exchange: str = "auto",
+    pool: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     deterministic: bool | None = None,
     return_aux: bool = False,
 ) -> Tensor | tuple[Tensor, DistributedAux]:
@@ -75,6 +76,9 @@ def retrieve_attend(
         scale: factor of <query, key>; default D ** -0.5.
         inclusive: a token also sees the chunk that it closes.
         exchange: "auto", "chunks" or "queries".
+        pool: what makes chunk embeddings instead of `pool_chunks`: gets context_embedding, which may then
+            be [B, T, ...], from a chunk border on, and cu_seqlens of what it got or None, and returns
+            [B, its tokens // S, R, E] in the order of `pool_chunks`.
         deterministic: as in `resona_ext.retrieve_attend`.
         return_aux: also return log-sum-exp, indices, scores, the plan and the chunk embeddings.
 
@@ -87,12 +91,18 @@ def retrieve_attend(
     """
     group = mesh.get_group(mesh_dim)
     rank = dist.get_rank(group)
-    query_embedding, context_embedding = map(_with_heads, (query_embedding, context_embedding))
+    query_embedding = _with_heads(query_embedding)
+    if pool is None:
+        context_embedding = _with_heads(context_embedding)
     tensors = (query, key, value, query_embedding, context_embedding)
     borders = None if cu_seqlens is None else tuple(int(n) for n in cu_seqlens)
     own, error = None, ""
     try:
-        check_fused(OP, *tensors, chunk_size, top_k, score_scale, sink, None, scale)
+        checked = tensors if pool is None else (*tensors[:4], query_embedding)
+        check_fused(OP, *checked, chunk_size, top_k, score_scale, sink, None, scale)
+        tokens = list(context_embedding.shape[:2])
+        as_wide = tokens == list(query.shape[:2])
+        require(as_wide, "context_embedding", f"{list(query.shape[:2])} like query", tokens)
         _check_placement(tensors, mesh, layout, borders, group, chunk_size, exchange)
         sequences = layout.borders if layout is not None else borders or ()
         settings = (chunk_size, top_k, score_scale, sink, inclusive, sequences)
@@ -104,7 +114,8 @@ def retrieve_attend(
     if layout is None:
         layout = Layout.of_lengths(lengths, chunk_size, borders)
 
-    chunks = _gather_chunks(context_embedding, layout, rank, group)
+    chunks = _gather_chunks(context_embedding, pool, layout, rank, group)
+    chunks = chunks.to(query_embedding.dtype)
     found = _search(query_embedding, chunks, layout, rank, top_k, inclusive)
     chunk, indices, scores = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     bias = None
@@ -158,19 +169,23 @@ def _cu_seqlens(runs: list[tuple[int, int]], device) -> Tensor:
     return torch.tensor(borders, dtype=torch.int32, device=device)
 
 
-def _gather_chunks(context_embedding: Tensor, layout: Layout, rank: int, group) -> Tensor:
+def _gather_chunks(context: Tensor, pool, layout: Layout, rank: int, group) -> Tensor:
     """Unit vectors of all chunks of the whole, in the order of chunk rows: [B, chunks, R, E]."""
-    pooled, before = [context_embedding[:, :0]], 0
+    if pool is None:
+
+        def pool(rows: Tensor, borders: Tensor | None) -> Tensor:
+            return pool_chunks(rows, layout.chunk_size, borders)
+
+    pooled, before = [pool(context[:, :0], None)], 0
     for piece in layout.pieces[rank]:
-        rows = context_embedding[:, before : before + piece.length]
+        rows = context[:, before : before + piece.length]
         before += piece.length
         runs = _runs(layout, piece)
         if len(layout.borders) == 2 or not runs:
-            pooled.append(pool_chunks(rows, layout.chunk_size))
+            pooled.append(pool(rows, None))
             continue
         count = sum((end - begin) // layout.chunk_size for begin, end in runs)
-        every = pool_chunks(rows, layout.chunk_size, _cu_seqlens(runs, rows.device))
-        pooled.append(every[:, :count])
+        pooled.append(pool(rows, _cu_seqlens(runs, rows.device))[:, :count])
     own = torch.cat(pooled, dim=1)
     counts = [
         sum(n for p in own_pieces for _, n, _ in layout.chunks_of(p))

@@ -83,7 +83,15 @@ def sharded_branch(
         key_source = _taps(source, layer.key_conv_weight, rows, position)
     query, key, value, query_embedding = layer._project(x, key_source, source, position, position)
     context = rms_norm(e) if layer.normalize_embeddings else e
-    context = layer.encoders.context_embedding(context, layer.q_proj.weight)
+    pool = None
+    if layer.encoders.is_pooled:
+        context = layer.encoders.context_embedding(context, layer.q_proj.weight)
+    else:
+
+        def pool(rows: Tensor, borders: Tensor | None) -> Tensor:
+            chunk = layer.encoders.chunk_embedding(rows, layer.chunk_size, borders)
+            return chunk.to(query_embedding.dtype)
+
     score_scale, sink = score_scale_and_sink(layer, query.dtype)
     arguments = (query, key, value, query_embedding, context)
     settings = {"top_k": layer.top_k, "score_scale": score_scale, "sink": sink, "layout": layout}
@@ -92,7 +100,7 @@ def sharded_branch(
         carry = source.to(cache.dtype) if cache.carry_rows else None
         out, aux = cache.prefill(*arguments, carry=carry, **settings)
     else:
-        settings |= {"chunk_size": layer.chunk_size, "mesh": mesh}
+        settings |= {"chunk_size": layer.chunk_size, "mesh": mesh, "pool": pool}
         out, aux = retrieve_attend(*arguments, **settings)
     return layer._output(out), aux.indices[:, :, 0, 0] < 0
 
@@ -102,8 +110,6 @@ def _check_sharded(layer, mesh, layout, x, e, cu_seqlens, attention_mask, cache,
     check_device(e, "embeddings", mesh)
     require(attention_mask is None, "attention_mask", "None with a mesh (pack instead)", "a mask")
     require(indices is None, "indices", "None with a mesh, which searches for itself", "indices")
-    expected = "one of the built-in encoders with a mesh"
-    require(layer.encoders.is_pooled, "encoder", expected, "a callable")
     both = cu_seqlens is not None and layout is not None
     require(not both, "cu_seqlens", "None with a layout, which has its own borders", "both")
     packed = cu_seqlens is not None or (layout is not None and len(layout.borders) > 2)

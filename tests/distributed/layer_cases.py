@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from resona_ext import Resona
@@ -20,6 +21,17 @@ EVERYTHING = {
     "normalize_key_value": True,
     "mlp_dim": 8,
 }
+
+
+class LastToken(nn.Module):
+    """A context encoder that looks at the order of tokens: [B, chunks, S, d] -> [B, chunks, E]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(WIDTH, 8, dtype=torch.float64)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.map(tokens[:, :, -1] + 0.5 * tokens[:, :, 0])
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,14 @@ TABLE = (
     ),
     LayerCase("taps longer than a piece", 9, layout="contiguous", settings={"key_conv": 7}),
     LayerCase("ranks without tokens", 3, settings=EVERYTHING),
+    LayerCase("no tokens", 0, settings=EVERYTHING),
+    LayerCase("an encoder of one's own", batch=2, settings={"encoder": LastToken}),
+    LayerCase(
+        "an encoder of one's own, packed",
+        61,
+        cu_seqlens=(0, 17, 18, 18, 40, 61),
+        settings={"encoder": LastToken, "trainable_retrieval": True},
+    ),
 )
 
 
@@ -62,6 +82,8 @@ def make_layer(settings: dict, device: str = "cpu") -> Resona:
     shared = {"chunk_size": 4, "top_k": 3, "retrieval_dim": 8, "dtype": torch.float64}
     if settings.get("query_encoder") == "query":
         shared.pop("retrieval_dim")
+    if "encoder" in settings:
+        settings = settings | {"encoder": settings["encoder"]()}
     layer = Resona(WIDTH, HEADS, **(shared | settings))
     with torch.no_grad():
         for parameter in layer.parameters():  # what starts at zero would hide mistakes
