@@ -354,7 +354,9 @@ def test_the_benchmark(tmp_path, threads, capsys):
     command += ["--threads", "1", "--processor-time", "--out", str(tmp_path / "r")]
     assert two_level.main(command) == 0
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert list(rows) == [f"{c}/S{s}/bfloat16" for s in (2, 16) for c in command[3].split(",")]
-    assert rows["correlated-64/S2/bfloat16"]["recall"] > rows["random/S2/bfloat16"]["recall"]
-    assert rows["random/S16/bfloat16"]["recall"] == 1, "few superchunks: the same search"
+    assert list(rows) == [f"{c}/3000/S{s}/bfloat16" for s in (2, 16) for c in command[3].split(",")]
+    assert (
+        rows["correlated-64/3000/S2/bfloat16"]["recall"] > rows["random/3000/S2/bfloat16"]["recall"]
+    )
+    assert rows["random/3000/S16/bfloat16"]["recall"] == 1, "few superchunks: the same search"
     assert all(row["speedup"] > 0 for row in rows.values())

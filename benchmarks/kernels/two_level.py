@@ -16,6 +16,7 @@ speedup      time of the exact search / time of two_level, from chunk embeddings
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shlex
 import sys
@@ -109,6 +110,7 @@ def measure(kind: str, chunk_size: int, args: argparse.Namespace, clock) -> dict
         "exact_seconds": round(exact_seconds, 3),
         "two_level_seconds": round(seconds, 3),
         "speedup": round(exact_seconds / seconds, 2),
+        "instruction_set": json.loads(resona._build_info())["cpu_isa"],
         "method": "processor" if args.processor_time else "wall",
     }
 
@@ -145,9 +147,9 @@ def main(argv: list[str]) -> int:
     for chunk_size in map(int, args.chunk_sizes.split(",")):
         for kind in args.contents.split(","):
             row = measure(kind, chunk_size, args, clock)
-            row["id"] = f"{kind}/S{chunk_size}/{args.dtype}"
+            row["id"] = f"{kind}/{args.tokens}/S{chunk_size}/{args.dtype}"
             result.add(row)
-            print(f"{row['id']:32} recall {row['recall']:.4f}  {row['speedup']:6.2f} x", flush=True)
+            print(f"{row['id']:36} recall {row['recall']:.4f}  {row['speedup']:6.2f} x", flush=True)
             result.write(args.out)
     result.complete = True
     result.write(args.out)

@@ -8,8 +8,8 @@ namespace {
 constexpr int64_t kProbesPerSlot = 2;  // the k best chunks lie in up to k superchunks, and centroids blur
 constexpr int64_t kFewestProbes = 16;
 constexpr int64_t kSmallestSuperchunk = 16;  // below, a centroid stands for too little to be worth its score
-constexpr int64_t kRefineBytes = 24 << 20, kAllRefineBytes = 256 << 20;  // scratch per thread and of all
-constexpr int64_t kMostRows = 4096;
+constexpr int64_t kRefineBytes = 32 << 20, kAllRefineBytes = 256 << 20;  // scratch per thread and of all
+constexpr int64_t kMostRows = 8192;
 
 int64_t chunks_of(const Shape& s) { return s.context / s.chunk_size; }
 
