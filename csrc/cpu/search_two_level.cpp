@@ -20,6 +20,7 @@ namespace resona::cpu {
 namespace {
 
 constexpr int64_t kGatheredRows = 256;
+constexpr int64_t kAhead = 8;  // queries
 
 struct Levels {
   const RetrieveProblem& chunks;
@@ -80,6 +81,15 @@ void multiply_gathered(const Entry* entries, int64_t count, int64_t width, int64
                      s.rows.tile.data(), width, false});
 }
 
+// What scan_row will look at: neighbours in a list are not neighbours in memory.
+template <class A>
+void fetch(SearchScratch<A>& s, int64_t row) {
+  __builtin_prefetch(&s.queries[row]);
+  __builtin_prefetch(s.best.data() + row * s.best_stride);
+  __builtin_prefetch(s.products.data() + row * s.candidate_stride);
+  __builtin_prefetch(s.candidates.data() + row * s.candidate_stride);
+}
+
 // A superchunk meets the queries of its entries: calls visit(entry, first, count, products) for each tile of
 // chunks [first, first + count) in the query's past.
 template <class A, class Visit>
@@ -98,6 +108,7 @@ void scan_superchunk(const Levels& levels, const Task& task, const Entry* entrie
       multiply_gathered(entries + i, group, width, dim, s);
       for (int64_t g = 0; g < group; ++g) {
         const Entry& entry = entries[i + g];
+        fetch(s.rows, entries[std::min(i + g + kAhead, count - 1)].row);
         const int64_t seen = std::min(chunks, s.rows.queries[entry.row].eligible - first);
         if (seen > 0) visit(entry, first, seen, s.rows.tile.data() + g * width);
       }
