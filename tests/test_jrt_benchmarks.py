@@ -59,6 +59,15 @@ def test_processor_time_is_that_of_one_thread(arguments, threads, capsys):
     assert "--processor-time: expected --device cpu --threads 1" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_prefill_on_cuda_says_what_is_missing(capsys):
+    with pytest.raises(SystemExit):
+        prefill.main(["--device", "cuda", "--out", "x"])
+    error = capsys.readouterr().err
+    assert "--device cuda: " in error
+    assert "has no CUDA kernels" in error or "torch sees no GPU" in error
+
+
 def test_the_state_is_counted_right(tiny):
     cell = set_disjointness.Cell("causal", 8, 2, 0)
     model, states = set_disjointness.build(cell, tiny), LayerStates()

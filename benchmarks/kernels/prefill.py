@@ -169,7 +169,14 @@ BASELINES = {
 
 
 def _ours_missing(device: str) -> str | None:
-    return None if device == "cpu" else "resona::prefix_linear_attention has no CUDA kernel yet"
+    """What keeps the operator from running on a device."""
+    if device == "cpu":
+        return None
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "resona::prefix_linear_attention", "CUDA"
+    ):
+        return "this build of resona_ext has no CUDA kernels"
+    return None if torch.cuda.is_available() else "torch sees no GPU on this machine"
 
 
 def contenders(s: Shape) -> tuple[list[Contender], dict[str, str]]:

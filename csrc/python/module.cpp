@@ -15,6 +15,8 @@
 #include "common/plan_cuda.h"
 #include "common/plan_decode_cuda.h"
 #include "common/plan_fused_cuda.h"
+#include "common/plan_prefix.h"
+#include "common/plan_prefix_cuda.h"
 #include "common/plan_search_cuda.h"
 
 namespace py = pybind11;
@@ -264,6 +266,62 @@ PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t head
   return cuda_plan(s, rows, embeddings, sm, sms, tuning);
 }
 
+Stage prefix_stage(const char* name, const resona::CudaPrefixPlan& p) {
+  return {name,
+          p.kernel,
+          p.reason,
+          {{"batch", p.batch},
+           {"launches", p.launches},
+           {"segment", p.segment},
+           {"token_pieces", p.token_pieces},
+           {"prefix_pieces", p.prefix_pieces},
+           {"slices", p.layout.slices},
+           {"slice_values", p.layout.slice_values},
+           {"vector", p.vector_values},
+           {"shared_bytes", p.shared_bytes},
+           {"workspace_bytes", p.workspace_bytes}}};
+}
+
+void check_prefix(const resona::PrefixShape& s) {
+  const auto within = [](const char* argument, int64_t value, int64_t least, int64_t most) {
+    require(value >= least && value <= most, argument, std::to_string(least) + " to " + std::to_string(most),
+            std::to_string(value));
+  };
+  within("batch", s.batch, 0, int64_t{1} << 24);
+  within("heads", s.heads, 1, int64_t{1} << 24);
+  within("tokens", s.tokens, 0, (int64_t{1} << 31) - 1);
+  within("prefix_rows", s.prefix_rows, 0, s.tokens);
+  within("feature_dim", s.feature_dim, 1, 32);
+  within("value_dim", s.value_dim, 1, 128);
+  within("sequences", s.sequences, 0, int64_t{1} << 31);
+}
+
+// For tensors as torch allocates them; `sequences` of a packed batch, or -1.
+PlanView make_prefix_plan(int64_t batch, int64_t tokens, int64_t prefix_rows, int64_t heads,
+                          int64_t feature_dim, int64_t value_dim, int64_t sequences, const std::string& dtype,
+                          const std::string& device, int64_t sm, int64_t sms) {
+  const bool packed = sequences >= 0;
+  const resona::PrefixShape s{
+      batch, tokens, prefix_rows, heads, feature_dim, value_dim, packed ? sequences : batch};
+  check_prefix(s);
+  const resona::DType rows = dtype_named("dtype", dtype);
+  if (device == "cpu") {
+    const resona::PrefixPlan p = resona::plan_prefix(s);
+    return {{{"prefix", p.kernel, p.reason, {{"segment", p.segment}}}}, 0};
+  }
+  require(device == "cuda", "device", "cpu or cuda", device);
+  require(rows != resona::DType::kFloat64, "dtype", "float32, float16 or bfloat16 on CUDA", dtype);
+  require(sm >= 80, "sm", "at least 80", std::to_string(sm));
+  require(sms >= 1 && sms <= 1 << 16, "sms", "1 to 65536", std::to_string(sms));
+  const resona::CudaDevice cuda = resona::typical_cuda_device(sm, sms);
+  const int64_t piece = 16 / resona::size_of(rows);
+  const resona::CudaPrefixFacts facts{packed, feature_dim % piece == 0 && value_dim % piece == 0};
+  const resona::CudaPrefixPlan forward = resona::plan_prefix_cuda(s, facts, cuda);
+  const resona::CudaPrefixPlan backward = resona::plan_prefix_backward_cuda(s, facts, cuda);
+  return {{prefix_stage("prefix", forward), prefix_stage("prefix_backward", backward)},
+          forward.workspace_bytes};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -284,4 +342,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("isa") = "portable", py::arg("sm") = 90, py::arg("sms") = 132,
         py::arg("tuning") = std::map<std::string, int64_t>(),
         "Which kernels a problem would run, with which tiles and why. Raises ValueError if it is not legal.");
+  m.def("plan_prefix", &make_prefix_plan, py::kw_only(), py::arg("batch"), py::arg("tokens"),
+        py::arg("prefix_rows"), py::arg("heads"), py::arg("feature_dim") = 16, py::arg("value_dim") = 64,
+        py::arg("sequences") = -1, py::arg("dtype") = "float32", py::arg("device") = "cpu",
+        py::arg("sm") = 90, py::arg("sms") = 132, "The same of prefix linear attention.");
 }

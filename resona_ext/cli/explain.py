@@ -29,10 +29,15 @@ SIZES = [
     ("top-k", 8, "k, chunks retrieved per query"),
     ("threads", None, "CPU threads (default: torch.get_num_threads())"),
 ]
+PREFIX_SIZES = [
+    ("prefix-rows", None, "explain prefix linear attention instead, with a prefix of so many rows"),
+    ("feature-dim", 16, "its f, dimension of queries and keys"),
+    ("value-dim", 64, "its V, dimension of values"),
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for flag, default, meaning in SIZES:
+    for flag, default, meaning in SIZES + PREFIX_SIZES:
         note = "" if default is None else " (default: %(default)s)"
         parser.add_argument(f"--{flag}", type=_int64, default=default, help=meaning + note)
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
@@ -52,10 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    problem = _problem(arguments)
+    prefix = arguments.prefix_rows is not None
+    problem = _prefix_problem(arguments) if prefix else _problem(arguments)
     extension = _load_extension()
     try:
-        plan = extension.plan(**problem)
+        plan = (extension.plan_prefix if prefix else extension.plan)(**problem)
     except ValueError as error:
         raise CliError(str(error)) from error
     print(render(problem, plan, shutil.get_terminal_size((100, 24)).columns))
@@ -101,11 +107,24 @@ def _problem(arguments: argparse.Namespace) -> dict[str, int | str]:
     }
     if arguments.device == "cpu":
         problem["isa"] = arguments.isa or json.loads(torch.ops.resona._build_info())["cpu_isa"]
-    if arguments.device == "cuda":
-        sm, sms = _cuda_device()
-        problem["sm"] = sm if arguments.sm is None else arguments.sm
-        problem["sms"] = sms if arguments.sms is None else arguments.sms
-    return problem
+    return problem | _device(arguments)
+
+
+def _prefix_problem(arguments: argparse.Namespace) -> dict[str, int | str]:
+    """The tokens are those of --queries."""
+    names = ("batch", "heads", "prefix_rows", "feature_dim", "value_dim", "dtype", "device")
+    problem = {name: getattr(arguments, name) for name in names}
+    return {"tokens": arguments.queries} | problem | _device(arguments)
+
+
+def _device(arguments: argparse.Namespace) -> dict[str, int]:
+    if arguments.device != "cuda":
+        return {}
+    sm, sms = _cuda_device()
+    return {
+        "sm": sm if arguments.sm is None else arguments.sm,
+        "sms": sms if arguments.sms is None else arguments.sms,
+    }
 
 
 def _cuda_device() -> tuple[int, int]:
