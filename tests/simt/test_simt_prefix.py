@@ -196,10 +196,10 @@ def covering(sim) -> list[Case]:
     small = dict(tokens=70, rows=66, heads=1)
     packed = dict(lengths=[70, 0, 5], prefix_lengths=True, heads=1)
     return [
+        forward_case(sim, Prefix(**packed, feature_dim=8, value_dim=8, dtype=F32)),
         forward_case(sim, planned("pieces", F32, **small), segment=64),
         forward_case(sim, planned("slices", F16, **small), **PLANS["slices"]),
         forward_case(sim, planned("everything", BF16, **small), **PLANS["everything"]),
-        forward_case(sim, Prefix(**packed, feature_dim=8, value_dim=8, dtype=F32)),
         step_case(Prefix(tokens=1, rows=0, state=True, mask=True, heads=3, dtype=BF16)),
         step_case(Prefix(tokens=1, rows=0, state=True, value_dim=70, dtype=F32)),
     ]

@@ -134,9 +134,9 @@ def covering(sim) -> list[Case]:
     small = dict(tokens=70, rows=66, heads=1, feature_dim=4)
     packed = dict(lengths=[70, 0, 5], prefix_lengths=True, heads=1)
     return [
+        backward_case(sim, Prefix(**packed, feature_dim=8, value_dim=8, dtype=F16)),
         backward_case(sim, planned("pieces", F32, **small, batch=1), segment=64),
         backward_case(sim, planned("everything", BF16, **small, value_dim=90), **PLANS["everything"]),
-        backward_case(sim, Prefix(**packed, feature_dim=8, value_dim=8, dtype=F16)),
     ]  # fmt: skip
 
 
