@@ -29,7 +29,7 @@ def stages(**changes):
 
 
 def test_stages_in_order():
-    assert [s.name for s in plan().stages] == ["pool", "search", "attend"]
+    assert [s.name for s in plan().stages] == ["pool", "search", "two_level", "attend"]
 
 
 SEARCH = {
@@ -67,6 +67,13 @@ def test_packed_keys_and_values_stay_where_heads_balance_and_there_is_room():
     assert kept(queries=1024, context=1024) == 0  # one range of queries
     assert kept(chunk_size=16) == 0
     assert kept(queries=2**20, context=2**20) == 0
+
+
+def test_two_level_of_a_short_context_is_the_exact_search():
+    short, long = (stages(queries=n, context=n)["two_level"] for n in (2**14, 2**18))
+    assert (short.kernel, long.kernel) == ("exact", "superchunk_stationary")
+    assert "same as the exact search" in short.reason
+    assert (long.parameters["superchunk_size"], long.parameters["probes"]) == (16, 16)
 
 
 def test_every_legal_shape_has_a_plan():

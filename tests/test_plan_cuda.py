@@ -40,6 +40,7 @@ def test_stages_in_order():
         "fused",
         "pool",
         "search",
+        "two_level",
         "attend",
         "attend_backward",
         "pool_backward",

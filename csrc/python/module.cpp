@@ -18,6 +18,7 @@
 #include "common/plan_prefix.h"
 #include "common/plan_prefix_cuda.h"
 #include "common/plan_search_cuda.h"
+#include "common/plan_two_level_cuda.h"
 
 namespace py = pybind11;
 
@@ -76,12 +77,30 @@ void check(const resona::Shape& s) {
           "1 or a divisor of kv_heads = " + std::to_string(s.kv_heads), std::to_string(s.retrieval_heads));
 }
 
+// What search="two_level" would take in place of "search".
+resona::TwoLevelProblem two_level_problem(const resona::Shape& s, resona::DType embeddings) {
+  resona::TwoLevelProblem p{};
+  p.retrieve.shape = s;
+  p.retrieve.query.dtype = p.retrieve.chunks.dtype = embeddings;
+  p.plan = resona::plan_two_level(s, std::nullopt, std::nullopt);
+  return p;
+}
+
+Stage two_level_stage(const resona::TwoLevelProblem& p, const char* kernel, const char* what, int64_t size) {
+  return {"two_level",
+          p.is_exact() ? "exact" : kernel,
+          p.plan.reason,
+          {{"superchunk_size", p.plan.superchunk_size}, {"probes", p.plan.probes}, {what, size}}};
+}
+
 PlanView cpu_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t threads,
                   const std::string& isa) {
   require(threads >= 1, "threads", "at least 1", std::to_string(threads));
   const bool known = isa == "amx" || isa == "avx512" || isa == "avx2" || isa == "portable";
   require(known, "isa", "amx, avx512, avx2 or portable", isa);
   const resona::Plan p = resona::make_plan(s, rows, embeddings, {threads, isa == "amx"});
+  const resona::TwoLevelProblem two_level = two_level_problem(s, embeddings);
+  const resona::SearchPlan refine = resona::plan_refine(two_level, {threads, isa == "amx"});
   std::map<std::string, int64_t> attend{{"query_range", p.attend.query_range},
                                         {"row_tile", p.attend.row_tile},
                                         {"key_tile", p.attend.key_tile},
@@ -92,6 +111,7 @@ PlanView cpu_plan(const resona::Shape& s, resona::DType rows, resona::DType embe
             p.search.kernel,
             p.search.reason,
             {{"query_block", p.search.query_block}, {"chunk_block", p.search.chunk_block}}},
+           two_level_stage(two_level, refine.kernel, "query_block", refine.query_block),
            {"attend", p.attend.kernel, p.attend.reason, attend}},
           p.workspace_bytes};
 }
@@ -213,39 +233,43 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
   const resona::CudaFacts row_facts{s.head_dim * resona::size_of(rows) % 16 == 0, facts.sequences};
   const resona::CudaFusedPlan fused =
       resona::plan_fused_cuda(s, {embeddings, vector_rows, {row_facts, rows, true, false}}, device);
+  const resona::TwoLevelProblem two_level = two_level_problem(s, embeddings);
+  const resona::CudaTwoLevelPlan two_level_plan = resona::plan_two_level_cuda(two_level, facts, device);
   const resona::CudaPoolPlan pool_backward = resona::plan_pool_backward_cuda(s, facts, device);
   const resona::CudaRetrieveBackwardPlan backward = resona::plan_retrieve_backward_cuda(s, facts, device);
   const resona::CudaAttendBackwardPlan attend_backward =
       resona::plan_attend_backward_cuda(s, rows, row_facts, false, false, device);
   const resona::CudaDecodePlan decode =
       resona::plan_decode_cuda(s, {rows, embeddings, row_facts.vector_rows, vector_rows}, device);
-  return {{{"fused",
-            fused.kernel,
-            fused.reason,
-            {{"batch", fused.batch},
-             {"launches", fused.launches},
-             {"attends", fused.part.attends},
-             {"chunk_bytes", fused.chunk_bytes},
-             {"workspace_bytes", fused.workspace_bytes}}},
-           pool_stage("pool", fused.part.pool),
-           search_stage(fused.part.search),
-           attend_stage(fused.part.attend),
-           attend_backward_stage(attend_backward),
-           pool_stage("pool_backward", pool_backward),
-           index_stage(backward.index),
-           {"retrieve_backward",
-            backward.kernel,
-            backward.reason,
-            {{"batch", backward.batch},
-             {"lanes", backward.lanes},
-             {"vector", backward.vector},
-             {"segment", backward.segment},
-             {"query_blocks", backward.query_blocks},
-             {"segment_blocks", backward.segment_blocks},
-             {"chunk_blocks", backward.chunk_blocks},
-             {"workspace_bytes", backward.workspace_bytes}}},
-           decode_stage(decode)},
-          fused.workspace_bytes};
+  return {
+      {{"fused",
+        fused.kernel,
+        fused.reason,
+        {{"batch", fused.batch},
+         {"launches", fused.launches},
+         {"attends", fused.part.attends},
+         {"chunk_bytes", fused.chunk_bytes},
+         {"workspace_bytes", fused.workspace_bytes}}},
+       pool_stage("pool", fused.part.pool),
+       search_stage(fused.part.search),
+       two_level_stage(two_level, two_level_plan.kernel, "workspace_bytes", two_level_plan.workspace_bytes),
+       attend_stage(fused.part.attend),
+       attend_backward_stage(attend_backward),
+       pool_stage("pool_backward", pool_backward),
+       index_stage(backward.index),
+       {"retrieve_backward",
+        backward.kernel,
+        backward.reason,
+        {{"batch", backward.batch},
+         {"lanes", backward.lanes},
+         {"vector", backward.vector},
+         {"segment", backward.segment},
+         {"query_blocks", backward.query_blocks},
+         {"segment_blocks", backward.segment_blocks},
+         {"chunk_blocks", backward.chunk_blocks},
+         {"workspace_bytes", backward.workspace_bytes}}},
+       decode_stage(decode)},
+      fused.workspace_bytes};
 }
 
 PlanView make_plan(int64_t batch, int64_t queries, int64_t context, int64_t heads, int64_t kv_heads,
