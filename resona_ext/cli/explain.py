@@ -15,6 +15,7 @@ import torch
 
 from .errors import CliError
 
+BOUND = "\N{NO-BREAK SPACE}"  # between a name and its value, while lines are broken
 # (flag, default, help); None stands for a default that depends on another value.
 SIZES = [
     ("batch", 1, "B, sequences"),
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
 def render(problem: dict[str, int | str], plan, width: int) -> str:
     """The plan as text: one block per stage, its parameters and reason below its name."""
     lines = textwrap.wrap(
-        "problem  " + ", ".join(f"{name} {value}" for name, value in problem.items()),
+        "problem  " + ", ".join(f"{name}{BOUND}{value}" for name, value in problem.items()),
         width,
         subsequent_indent=" " * 9,
         break_on_hyphens=False,
@@ -79,13 +80,15 @@ def render(problem: dict[str, int | str], plan, width: int) -> str:
     kernel_width = max((len(stage.kernel) for stage in plan.stages), default=0)
     indent = " " * (name_width + 2)
     for stage in plan.stages:
-        parameters = ", ".join(f"{name} {value:,}" for name, value in stage.parameters.items())
+        parameters = ", ".join(
+            f"{name}{BOUND}{value:,}" for name, value in stage.parameters.items()
+        )
         head = f"{stage.name:<{name_width}}  {stage.kernel:<{kernel_width}}  "
         lines.append("")
         lines += textwrap.wrap(head + parameters, width, subsequent_indent=" " * len(head))
         lines += textwrap.wrap(stage.reason, width, initial_indent=indent, subsequent_indent=indent)
     lines += ["", f"workspace  {_bytes(plan.workspace_bytes)}"]
-    return "\n".join(lines)
+    return "\n".join(lines).replace(BOUND, " ")
 
 
 def _problem(arguments: argparse.Namespace) -> dict[str, int | str]:

@@ -239,6 +239,8 @@ def library(build: str, changed: str = "", overlay: Path | None = None) -> Path:
     for source in _runners():
         first = [f"-I{overlay}"] if source.name == changed else []
         jobs.append((source, [*first, *BUILDS[build]]))
+    # A template that several runners use is taken from the first object: it has to be the changed one.
+    jobs.sort(key=lambda job: job[0].name != changed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: _object(*job), jobs))
     link = ["-shared", "-Wl,-Bsymbolic"]
