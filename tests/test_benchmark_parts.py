@@ -53,7 +53,8 @@ def test_kernels_of_one_part_add_up():
 
 
 def call_of(operator: str):
-    case = Case(operator, Shape(length=1024, chunk_size=16, top_k=4))
+    queries = 1 if operator == "decode" else None
+    case = Case(operator, Shape(length=1024, chunk_size=16, top_k=4, queries=queries))
     call = next(iter(operators.OPERATORS[operator].ours(case))).call
     call()  # the case makes its inputs when they are first asked for
     return call
@@ -67,6 +68,7 @@ def call_of(operator: str):
         ("attend", FORWARD - {"pool", "search", "rescore"}),
         ("fused", FORWARD),
         ("backward", {"index", "gradients"}),
+        ("decode", FORWARD - {"rescore"}),  # one query: every chunk is scored canonically at once
     ],
 )
 def test_parts_of_an_operator_on_the_cpu(operator, expected):

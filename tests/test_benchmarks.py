@@ -405,6 +405,19 @@ def test_smoke_record_says_what_was_measured_and_where(smoke):
     assert fused["percent_of_floor"] == pytest.approx(100 * fused["floor_ms"] / fused["median_ms"])
 
 
+def test_a_call_that_cannot_be_taken_apart_keeps_its_times(tmp_path, monkeypatch):
+    def failing(call, device):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(runner.parts, "measure", failing)
+    status, record = run_smoke(tmp_path / "run", "pool")
+    ours = [row for row in record["rows"].values() if row["contender"] == operators.OURS]
+    assert status == 0 and record["complete"] and ours
+    for row in ours:
+        assert row["status"] == "ok" and row["median_ms"] > 0
+        assert row["parts_missing"] == "MemoryError: no room"
+
+
 def test_smoke_writes_csv_and_plots(smoke):
     _, record, prefix = smoke
     with open(f"{prefix}.csv") as file:

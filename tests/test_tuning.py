@@ -116,6 +116,22 @@ def test_a_sweep_writes_a_record(tmp_path, capsys):
     assert "item_rows, default 512" in capsys.readouterr().out
 
 
+def test_a_case_that_fails_is_told_and_the_rest_go_on(tmp_path, monkeypatch):
+    whole, path = tune.sweep_case, tmp_path / "tune.json"
+
+    def failing(sweep, *others):
+        if sweep.field == "item_rows":
+            raise MemoryError("no room")
+        return whole(sweep, *others)
+
+    monkeypatch.setattr(tune, "sweep_case", failing)
+    arguments = ["item_rows", "chunk_rows", "--device", "cpu", "--seconds", "0"]
+    assert tune.main([*arguments, "--output", str(path)]) == 1
+    kept = json.loads(path.read_text())
+    told = {row["field"]: row["status"] for row in kept["rows"]}
+    assert kept["complete"] and told == {"item_rows": "failed", "chunk_rows": "ok"}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [(["nonsense"], "unknown field 'nonsense'"), ([], "torch sees no GPU on this machine")],

@@ -87,7 +87,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     for flag in ("seconds", "patience"):
         _require(getattr(arguments, flag) >= 0, f"--{flag}: expected at least 0")
     _require(arguments.rounds >= 2, "--rounds: expected at least 2, a spread needs them")
-    obstacle = _gpu_obstacle()
+    obstacle = gpu_obstacle()
     device = arguments.device or ("cpu" if obstacle else "cuda")
     _require(device == "cpu" or obstacle is None, f"--device cuda: {obstacle}")
 
@@ -116,7 +116,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def _gpu_obstacle() -> str | None:
+def gpu_obstacle() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no GPU on this machine"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("resona::pool_chunks", "CUDA"):

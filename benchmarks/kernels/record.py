@@ -50,7 +50,7 @@ class Record:
 
     def write(self, prefix: Path) -> None:
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path_of(prefix, "json"), json.dumps(self.as_json(), indent=1) + "\n")
+        replace_file(path_of(prefix, "json"), json.dumps(self.as_json(), indent=1) + "\n")
         names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
         target = path_of(prefix, "csv")
         temporary = target.with_name(target.name + ".part")
@@ -70,7 +70,7 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def _replace(target: Path, text: str) -> None:
+def replace_file(target: Path, text: str) -> None:
     temporary = target.with_name(target.name + ".part")
     temporary.write_text(text)
     os.replace(temporary, target)

@@ -111,13 +111,20 @@ class Runner:
             rows[name] |= self._times(case, ready[name], timing, timings.get(OURS))
             self.history[self._key(case, name)] = (case.shape.length, timing.median)
         if OURS in timings:
-            found = parts.measure(ready[OURS].call, self.plan.device)
-            rows[OURS] |= {f"part_{part}_ms": 1e3 * seconds for part, seconds in found.items()}
+            rows[OURS] |= self._parts(ready[OURS])
         ours = (row for name, row in rows.items() if name not in self.plan.baselines)
         self.failures += sum(row["status"] in ("wrong", "error") for row in ours)
         if "indices" in vars(case):
             self.record.selection[case.id] = data.locality(case.indices)
         return list(rows.values())
+
+    def _parts(self, contender: Contender) -> dict:
+        """What the parts of one more call take. It is an extra: where it fails, the times stay."""
+        try:
+            found = parts.measure(contender.call, self.plan.device)
+        except Exception as error:
+            return {"parts_missing": f"{type(error).__name__}: {error}"[:200]}
+        return {f"part_{part}_ms": 1e3 * seconds for part, seconds in found.items()}
 
     def _entrants(
         self, sweep: Sweep, case: Case, rows: dict[str, dict]

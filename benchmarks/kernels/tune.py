@@ -26,7 +26,7 @@ import torch
 from resona_ext.cli.errors import CliError
 
 from . import record, shapes, timer
-from .__main__ import _gpu_obstacle
+from .__main__ import gpu_obstacle
 from .data import Case
 from .operators import OPERATORS
 from .table import duration
@@ -150,12 +150,16 @@ def run(sweeps: list[Sweep], device: str, output: Path, seconds: float, argv: li
     for sweep in sweeps:
         for shape in sweep.cases:
             case = Case(sweep.operator, shape, "random", "bfloat16", device)
-            rows = sweep_case(sweep, case, clock, budget)
+            try:
+                rows = sweep_case(sweep, case, clock, budget)
+            except Exception as error:  # out of memory, say: the other cases go on
+                rows = [{"field": sweep.field, "value": sweep.values[0], "default": None}]
+                rows[0] |= {"case": case.id, "status": "failed", "reason": str(error)[:200]}
             print(*lines(rows), sep="\n", flush=True)
             done["rows"] += rows
-            record._replace(output, json.dumps(done, indent=1) + "\n")
+            record.replace_file(output, json.dumps(done, indent=1) + "\n")
     done["complete"] = True
-    record._replace(output, json.dumps(done, indent=1) + "\n")
+    record.replace_file(output, json.dumps(done, indent=1) + "\n")
     print(f"wrote {output}")
     return 1 if any(row["status"] == "failed" for row in done["rows"]) else 0
 
@@ -187,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         for field in options.fields:
             if field not in FIELDS:
                 raise CliError(f"unknown field {field!r}, expected some of {', '.join(FIELDS)}")
-        obstacle = _gpu_obstacle() if options.device == "cuda" else None
+        obstacle = gpu_obstacle() if options.device == "cuda" else None
         if obstacle is not None:
             raise CliError(f"--device cuda: {obstacle}")
         chosen = [sweep for sweep in SWEEPS if not options.fields or sweep.field in options.fields]

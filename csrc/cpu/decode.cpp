@@ -12,6 +12,7 @@
 #include "common/canonical.h"
 #include "cpu/buffer.h"
 #include "cpu/kernels.h"
+#include "cpu/stage_clock.h"
 #include "cpu/stages.h"
 
 namespace resona::cpu {
@@ -91,7 +92,10 @@ void search(const DecodeProblem& p, const Executor& executor) {
   std::vector<Best<A>> parts(ranges.size(), Best<A>(0));
   for_each_task(
       executor, static_cast<int64_t>(ranges.size()), [&] { return SearchScratch<A>(s.retrieval_dim); },
-      [&](SearchScratch<A>& scratch, int64_t i) { parts[i] = search_range(p, ranges[i], scratch); });
+      [&](SearchScratch<A>& scratch, int64_t i) {
+        const StageScope scope(Stage::kSearch);
+        parts[i] = search_range(p, ranges[i], scratch);
+      });
 
   A* scores = static_cast<A*>(p.scores);
   std::fill_n(scores, s.batch * s.retrieval_heads * s.top_k, -std::numeric_limits<A>::infinity());
@@ -158,6 +162,7 @@ void fold_token(const DecodeProblem& p, int64_t batch, int64_t head, A* token) {
 
 template <class A>
 void append(const DecodeProblem& p, Buffer<A>& token) {
+  const StageScope scope(Stage::kPool);
   const Shape& s = p.shape;
   for (int64_t b = 0; b < s.batch; ++b) {
     const int64_t position = p.lengths[b];
