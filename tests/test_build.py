@@ -287,7 +287,7 @@ def test_unknown_instruction_set_is_one_clear_error():
     )
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
 def test_other_instruction_sets(isa):
     """The exactness and gradient tests again, on the narrower kernels that this processor also runs."""
     if isa not in json.loads(torch.ops.resona._build_info())["cpu_isas"]:

@@ -46,13 +46,18 @@ def test_search_follows_the_embedding_dtype(dtype, kernel):
     assert stages(dtype=dtype)["search"].kernel == kernel
 
 
-def test_bfloat16_runs_on_matrix_tiles_where_there_are_some():
-    amx = stages(dtype="bfloat16", isa="amx")
-    assert amx["search"].kernel == "filter_refine_tiles"
-    assert amx["attend"].kernel == "chunk_stationary_tiles"
-    assert stages(dtype="float32", isa="amx")["attend"].kernel == "chunk_stationary"
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16"])
+def test_bfloat16_is_multiplied_as_such_where_the_processor_does(isa):
+    tiles = stages(dtype="bfloat16", isa=isa)
+    assert tiles["search"].kernel == "filter_refine_tiles"
+    assert tiles["attend"].kernel == "chunk_stationary_tiles"
+    assert stages(dtype="float32", isa=isa)["attend"].kernel == "chunk_stationary"
+
+
+def test_bfloat16_is_multiplied_in_float32_elsewhere():
     assert stages(dtype="bfloat16", isa="avx512")["attend"].kernel == "chunk_stationary"
-    with pytest.raises(ValueError, match="plan: isa: expected amx, avx512, avx2 or portable, got"):
+    names = "amx, avx512_bf16, avx512, avx2 or portable"
+    with pytest.raises(ValueError, match=f"plan: isa: expected {names}, got"):
         plan(isa="mmx")
 
 
@@ -111,7 +116,7 @@ def test_workspace_stays_bounded_at_a_million_tokens(threads, chunk_size, top_k)
         queries=2**20, context=2**20, heads=16, kv_heads=16, head_dim=128, retrieval_dim=128
     )
     chunks = 2**20 // chunk_size * 128 * 2
-    for isa in ("portable", "amx"):
+    for isa in ("portable", "avx512_bf16", "amx"):
         p = plan(**million, chunk_size=chunk_size, top_k=top_k, threads=threads,
                  dtype="bfloat16", isa=isa)  # fmt: skip
         assert p.workspace_bytes - chunks < 400 << 20

@@ -66,11 +66,7 @@ void load_tokens(const Rows& from, const Sequence& sequence, int64_t head, int64
 // The transpose [dim, padded(count)] of what load_tokens gave.
 template <class A>
 void transpose_tokens(const A* from, int64_t count, int64_t dim, A* to) {
-  const int64_t from_width = padded(dim), to_width = padded(count);
-  for (int64_t d = 0; d < dim; ++d) {
-    for (int64_t t = 0; t < count; ++t) to[d * to_width + t] = from[t * from_width + d];
-    std::fill(to + d * to_width + count, to + (d + 1) * to_width, A(0));
-  }
+  kernels<A>().transpose(from, padded(dim), count, dim, to);
 }
 
 // A tile of rows that selected the same chunk: entry n / G of its run with query head n % G of its group.

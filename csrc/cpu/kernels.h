@@ -82,7 +82,9 @@ struct Kernels {
   int64_t (*drop_below)(float bar, float* products, int32_t* chunks, int64_t count);
   double (*canonical_dot)(const A* a, const A* b, int64_t n);
   void (*canonical_dots)(const A* a, const A* rows, int64_t count, int64_t n,
-                         double* dots);                 // rows [count, n]
+                         double* dots);  // rows [count, n]
+  // to[column, row] = from[row, column]; rows up to a multiple of 16 become zero columns of `to`.
+  void (*transpose)(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to);
   void (*load[4])(const void* from, A* to, int64_t n);  // by DType; null if not for A
   void (*store[4])(const A* from, void* to, int64_t n);
 
@@ -101,7 +103,8 @@ struct KernelSet {
   const TileKernels* tiles;  // null where the processor has none
 };
 
-// The widest set this processor runs, or the one named by RESONA_CPU_ISA (amx, avx512, avx2, portable).
+// The widest set this processor runs, or the one named by RESONA_CPU_ISA (amx, avx512_bf16, avx512, avx2,
+// portable).
 const KernelSet& kernel_set();
 
 template <class A>

@@ -116,7 +116,7 @@ SearchQuery prepare_query(const A* raw, A* filter, int64_t dim, int64_t eligible
 template <class A>
 void load_chunks(const RetrieveProblem& p, const Task& task, int64_t first, int64_t count,
                  SearchScratch<A>& s) {
-  const int64_t dim = p.shape.retrieval_dim, width = padded(count);
+  const int64_t dim = p.shape.retrieval_dim;
   const Kernels<A>& kernel = kernels<A>();
   for (int64_t c = 0; c < count; ++c) {
     A* row = s.chunks.data() + c * dim;
@@ -124,15 +124,11 @@ void load_chunks(const RetrieveProblem& p, const Task& task, int64_t first, int6
     kernel.load_row(p.chunks.dtype, p.chunks.at(task.sequence->batch, chunk, task.head), row, dim);
     const double norm = std::sqrt(kernel.canonical_dot(row, row, dim));
     if (norm > s.largest_chunk_norm) s.largest_chunk_norm = norm;  // a NaN chunk passes the filter by itself
-    if (s.scope != nullptr)
-      kernel.store_row(DType::kBFloat16, row, s.tile_chunks.data() + c * dim, dim);
-    else
-      for (int64_t e = 0; e < dim; ++e) s.packed[e * width + c] = row[e];
+    if (s.scope != nullptr) kernel.store_row(DType::kBFloat16, row, s.tile_chunks.data() + c * dim, dim);
   }
   if (s.scope != nullptr)
     return kernel_set().tiles->pack_transposed({s.tile_chunks.data(), dim, count, dim}, s.tile_packed.data());
-  for (int64_t e = 0; e < dim; ++e)
-    for (int64_t c = count; c < width; ++c) s.packed[e * width + c] = 0;
+  kernel.transpose(s.chunks.data(), dim, count, dim, s.packed.data());
 }
 
 // s.tile = Q C^T for `rows` rows from `row` on, a multiple of 16.

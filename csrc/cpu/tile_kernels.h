@@ -1,6 +1,7 @@
-// Inner loops of processors that multiply matrices of bfloat16 (AMX): products of 16 x 32 by 32 x 16 tiles
-// with float32 sums, the packing that they need, and the softmax between two of them. An instruction set
-// without tiles has none of these, and the stages do bfloat16 in float32.
+// Inner loops of processors that multiply bfloat16 with float32 sums: products of matrices cut into tiles of
+// 16 x 32 by 32 x 16, the packing that they need, and the softmax between two of them. AMX multiplies a tile
+// at once; avx512_bf16 the same packed operands vector by vector. An instruction set with neither has none of
+// these, and the stages do bfloat16 in float32.
 #pragma once
 
 #include <cstdint>
@@ -91,6 +92,9 @@ class TileScope {
 
 #if defined(RESONA_HAS_AMX_KERNELS)
 extern const TileKernels amx_tiles;
+#endif
+#if defined(RESONA_HAS_BF16_KERNELS)
+extern const TileKernels avx512_bf16_tiles;
 #endif
 
 }  // namespace resona::cpu

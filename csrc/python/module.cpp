@@ -96,11 +96,12 @@ Stage two_level_stage(const resona::TwoLevelProblem& p, const char* kernel, cons
 PlanView cpu_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t threads,
                   const std::string& isa) {
   require(threads >= 1, "threads", "at least 1", std::to_string(threads));
-  const bool known = isa == "amx" || isa == "avx512" || isa == "avx2" || isa == "portable";
-  require(known, "isa", "amx, avx512, avx2 or portable", isa);
-  const resona::Plan p = resona::make_plan(s, rows, embeddings, {threads, isa == "amx"});
+  const bool tiles = isa == "amx" || isa == "avx512_bf16";
+  const bool known = tiles || isa == "avx512" || isa == "avx2" || isa == "portable";
+  require(known, "isa", "amx, avx512_bf16, avx512, avx2 or portable", isa);
+  const resona::Plan p = resona::make_plan(s, rows, embeddings, {threads, tiles});
   const resona::TwoLevelProblem two_level = two_level_problem(s, embeddings);
-  const resona::SearchPlan refine = resona::plan_refine(two_level, {threads, isa == "amx"});
+  const resona::SearchPlan refine = resona::plan_refine(two_level, {threads, tiles});
   std::map<std::string, int64_t> attend{{"query_range", p.attend.query_range},
                                         {"row_tile", p.attend.row_tile},
                                         {"key_tile", p.attend.key_tile},

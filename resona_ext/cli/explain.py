@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedding-dtype", help="default: like --dtype")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
-        "--isa", help="CPU: amx, avx512, avx2 or portable (default: what this machine runs)"
+        "--isa",
+        help="CPU: amx, avx512_bf16, avx512, avx2 or portable (default: what this machine runs)",
     )
     parser.add_argument(
         "--sm",

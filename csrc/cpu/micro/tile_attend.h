@@ -12,7 +12,7 @@
 // products of the next piece of `out` before this one is merged. Meanwhile the rows of the next block and the
 // keys and values of the next chunk are fetched from memory.
 
-constexpr int64_t kBlock = TileAttendScratch::kRows, kGroup = TileAttendScratch::kGroup;
+constexpr int64_t kBlock = TileAttendScratch::kRows;
 constexpr int64_t kPiece = TileAttendScratch::kPiece;
 
 // Results too small for a normal float32 become 0 for as long as this lives: computed, each would cost
@@ -64,57 +64,6 @@ inline __m512 reduce_rows(__m512* row) {
                     _mm512_shuffle_f32x4(row[2 * i], row[2 * i + 1], 0xdd));
   return Op::of(_mm512_shuffle_f32x4(row[0], row[1], 0x88), _mm512_shuffle_f32x4(row[0], row[1], 0xdd));
 }
-
-// The logits of 16 rows with up to 64 keys, 32 dims a step, so that something else can be done in between.
-// N: tiles of keys; their sums stay in tiles 0 to N - 1.
-template <int N>
-class LogitProduct {
- public:
-  LogitProduct(const uint16_t* query, const uint16_t* key, int64_t dim, float* logit, int64_t stride)
-      : query_(query), key_(key), dim_(dim), logit_(logit), stride_(stride) {
-    __atomic_signal_fence(__ATOMIC_SEQ_CST);  // gcc's tile loads do not say that they read memory
-    _tile_zero(0);
-    if (N > 1) _tile_zero(1);
-    if (N > 2) _tile_zero(2);
-    if (N > 3) _tile_zero(3);
-  }
-
-  // Of all steps as many as belong before `done` of kGroup rows.
-  void advance(int64_t done) {
-    for (; step_ < dim_ && step_ * kGroup <= done * dim_; step_ += 32) {
-      const uint16_t* key = key_ + step_ * 16;
-      _tile_loadd(4, query_ + step_, dim_ * 2);
-      _tile_loadd(5, key, 64);
-      _tile_dpbf16ps(0, 4, 5);
-      if (N > 1) {
-        _tile_loadd(6, key + dim_ * 16, 64);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      if (N > 2) {
-        _tile_loadd(7, key + dim_ * 32, 64);
-        _tile_dpbf16ps(2, 4, 7);
-      }
-      if (N > 3) {
-        _tile_loadd(5, key + dim_ * 48, 64);
-        _tile_dpbf16ps(3, 4, 5);
-      }
-    }
-  }
-
-  void finish() {
-    advance(kGroup);
-    _tile_stored(0, logit_, stride_ * 4);
-    if (N > 1) _tile_stored(1, logit_ + 16, stride_ * 4);
-    if (N > 2) _tile_stored(2, logit_ + 32, stride_ * 4);
-    if (N > 3) _tile_stored(3, logit_ + 48, stride_ * 4);
-  }
-
- private:
-  const uint16_t *query_, *key_;
-  int64_t dim_;
-  float* logit_;
-  int64_t stride_, step_ = 0;
-};
 
 // In place of the next rows' product, where there is none.
 struct NoProduct {

@@ -7,29 +7,6 @@ inline __m512i load_elements(const uint16_t* from, int64_t count) {
   return _mm512_maskz_loadu_epi16(mask, from);
 }
 
-// 16 x 16 elements of 32 bits.
-inline void transpose(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 16; j += 8) {
-      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
-      t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
-    }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-}
-
 // The right operand X^T [dim, rows] of rows X: a brick is a transpose of pairs.
 inline void pack_transposed(const TileRows& x, uint16_t* to) {
   for (int64_t row = 0; row < x.count; row += 16)
@@ -38,7 +15,7 @@ inline void pack_transposed(const TileRows& x, uint16_t* to) {
       for (int i = 0; i < 16; ++i)
         brick[i] = row + i < x.count ? load_elements(x.data + (row + i) * x.stride + d, x.dim - d)
                                      : _mm512_setzero_si512();
-      transpose(brick);
+      transpose_16(brick);
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 32, brick[i]);
     }
 }
