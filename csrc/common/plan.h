@@ -36,6 +36,9 @@ struct AttendPlan {
   int64_t kept_tiles;   // forward: key tiles of a head that stay packed for all its queries; 0: none do
   int64_t list_chunks;  // backward: chunks per task
   bool tiles;           // products of bfloat16 on matrix tiles; else in the accumulation type
+  bool by_query;        // forward: keys and values are read for each query, no lists
+  int64_t query_block;  // then: queries per task
+  bool heads_together;  // then: a task has all heads that share a selection
 };
 
 struct Plan {

@@ -11,8 +11,7 @@
 // A row meets its chunks in ascending order whatever the ranges and tiles, so results do not depend on
 // them or on the number of threads. Accumulators are fp32 and stay in the task's scratch: there are no
 // partial results in memory.
-#include <cmath>
-
+#include "cpu/attend_finish.h"
 #include "cpu/attend_tiles.h"
 #include "cpu/attend_vector.h"
 #include "cpu/stage_clock.h"
@@ -48,29 +47,6 @@ void attend_chunk(const AttendProblem& p, const AttendPlan& plan, const Task& ta
   }
 }
 
-// Adds the sink, divides and writes one row.
-template <class Attention, class A>
-void finish_row(const AttendProblem& p, const Attention& attention, int64_t batch, int64_t query,
-                int64_t head, A peak, A total, A* accumulator) {
-  const A minus_infinity = -std::numeric_limits<A>::infinity();
-  const A sink = p.sink == nullptr ? minus_infinity : static_cast<const A*>(p.sink)[head];
-  if (sink == minus_infinity && std::isfinite(peak) && total > 0) {  // the same without exponentials of 0
-    attention.store(1 / total, accumulator, p.out.at(batch, query, head));
-    static_cast<A*>(p.lse)[head_offset(p.shape, batch, query, head)] = peak + std::log(total);
-    return;
-  }
-  const A top = sink > peak ? sink : peak;
-  const A reference = top == minus_infinity ? A(0) : top;
-  const A decay = std::exp(peak - reference);
-  const A sum = total * decay + std::exp(sink - reference);
-  const bool nothing = sum == 0;
-  const A factor = nothing ? A(0) : decay / sum;
-  if (nothing) std::fill_n(accumulator, p.shape.head_dim, A(0));  // a weight of 0 times an infinite value
-  attention.store(factor, accumulator, p.out.at(batch, query, head));
-  static_cast<A*>(p.lse)[head_offset(p.shape, batch, query, head)] =
-      nothing ? minus_infinity : reference + std::log(sum);
-}
-
 template <class Attention>
 void attend_range(const AttendProblem& p, const AttendPlan& plan, const Task& task, const ChunkLists& lists,
                   Scratch<Attention>& s) {
@@ -84,9 +60,9 @@ void attend_range(const AttendProblem& p, const AttendPlan& plan, const Task& ta
   }
   const StageScope merge(Stage::kMerge);
   for (int64_t row = 0; row < rows; ++row)
-    finish_row(p, s.attention, task.sequence->batch, task.begin + row / group,
-               task.head * group + row % group, s.running.peak[row], s.running.total[row],
-               s.running.sum.data() + row * s.running.width);
+    finish_row(p, task.sequence->batch, task.begin + row / group, task.head * group + row % group,
+               s.running.peak[row], s.running.total[row], s.running.sum.data() + row * s.running.width,
+               [&](auto factor, auto* sum, void* out) { s.attention.store(factor, sum, out); });
 }
 
 template <class Attention>
@@ -118,6 +94,7 @@ void run(const AttendProblem& p, const AttendPlan& plan, const Executor& executo
 }  // namespace
 
 void attend(const AttendProblem& p, const AttendPlan& plan, const Executor& executor) {
+  if (plan.by_query) return attend_by_query(p, plan, executor);
   if (p.query.dtype == DType::kFloat64) return run<VectorAttention<double>>(p, plan, executor);
   plan.tiles ? run<TileAttention>(p, plan, executor) : run<VectorAttention<float>>(p, plan, executor);
 }

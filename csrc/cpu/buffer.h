@@ -7,6 +7,8 @@
 #include <memory>
 #include <new>
 
+#include "cpu/huge_pages.h"
+
 namespace resona::cpu {
 
 template <class T>
@@ -14,7 +16,9 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(bytes(count), std::align_val_t{kAlign}))) {}
+      : data_(static_cast<T*>(::operator new(bytes(count), std::align_val_t{kAlign}))) {
+    ask_for_huge_pages(data_.get(), bytes(count));
+  }
 
   T* data() { return data_.get(); }
   T& operator[](int64_t i) { return data_.get()[i]; }

@@ -70,6 +70,25 @@ struct FilterRow {
   int64_t kept;  // so far
 };
 
+// One query row meets the chunks that it selected. Rows of keys and values are those of one head, from token
+// 0 of the sequence on, `key_stride` and `value_stride` bytes apart; any alignment.
+template <class A>
+struct RowAttend {
+  struct Chunk {
+    int64_t token;  // its first
+    A bias;
+  };
+  const Chunk* chunks;  // [chunk_count]
+  int64_t chunk_count, chunk_size, dim;
+  const A* query;  // [dim]
+  const char *key, *value;
+  int64_t key_stride, value_stride;
+  A scale;
+  A* weight;        // [chunk_count * chunk_size, and a vector more] scratch
+  A* sum;           // [dim] out: weights times values
+  A *peak, *total;  // out: the highest logit, the sum of the weights relative to it
+};
+
 template <class A>
 struct Kernels {
   void (*gemm)(const Gemm<A>&);
@@ -85,6 +104,7 @@ struct Kernels {
                          double* dots);  // rows [count, n]
   // to[column, row] = from[row, column]; rows up to a multiple of 16 become zero columns of `to`.
   void (*transpose)(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to);
+  void (*attend_row[4])(const RowAttend<A>&);           // by DType of keys and values; null if not for A
   void (*load[4])(const void* from, A* to, int64_t n);  // by DType; null if not for A
   void (*store[4])(const A* from, void* to, int64_t n);
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/problem.h"
+#include "cpu/huge_pages.h"
 
 namespace resona::ops {
 
@@ -74,11 +75,15 @@ inline std::string shape_of(const Tensor& t) {
 }
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
-  return torch::stable::new_empty(like, size, type);
+  Tensor result = torch::stable::new_empty(like, size, type);
+  if (result.is_cpu())
+    cpu::ask_for_huge_pages(result.data_ptr(), static_cast<size_t>(result.numel() * result.element_size()));
+  return result;
 }
 
 inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
-  return torch::stable::new_zeros(like, size, type);
+  Tensor result = empty(like, size, type);
+  return torch::stable::zero_(result);
 }
 
 // Kernels want a contiguous last dimension; every other stride is theirs to follow.

@@ -107,6 +107,7 @@ PlanView cpu_plan(const resona::Shape& s, resona::DType rows, resona::DType embe
                                         {"key_tile", p.attend.key_tile},
                                         {"list_chunks", p.attend.list_chunks}};
   if (p.attend.kept_tiles > 0) attend["kept_tiles"] = p.attend.kept_tiles;
+  if (p.attend.by_query) attend["query_block"] = p.attend.query_block;
   return {{{"pool", p.pool.kernel, p.pool.reason, {{"chunks_per_task", p.pool.chunks_per_task}}},
            {"search",
             p.search.kernel,

@@ -84,20 +84,30 @@ inline uint32_t not_below_mask(Vec<float> v, Vec<float> threshold) {
 #endif
 }
 
-template <class A>
-inline A sum_of_lanes(Vec<A> v) {
-  A total = v[0];
-  for (int i = 1; i < kLanes<A>; ++i) total += v[i];
-  return total;
+#if defined(__AVX512F__)
+inline float sum_of_lanes(Vec<float> v) { return _mm512_reduce_add_ps(v); }
+inline double sum_of_lanes(Vec<double> v) { return _mm512_reduce_add_pd(v); }
+// NaN lanes may be passed over: they come back through the weights.
+inline float max_of_lanes(Vec<float> v) { return _mm512_reduce_max_ps(v); }
+inline double max_of_lanes(Vec<double> v) { return _mm512_reduce_max_pd(v); }
+#else
+// Halves are added until one lane is left.
+template <class V>
+inline auto sum_of_lanes(V v) {
+  constexpr int n = sizeof(v) / sizeof(v[0]);
+  for (int half = n / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
 }
 
-// NaN lanes are passed over: they come back through the weights.
-template <class A>
-inline A max_of_lanes(Vec<A> v) {
-  A best = v[0];
-  for (int i = 1; i < kLanes<A>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+template <class V>
+inline auto max_of_lanes(V v) {
+  constexpr int n = sizeof(v) / sizeof(v[0]);
+  for (int half = n / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i + half] > v[i] ? v[i + half] : v[i];
+  return v[0];
 }
+#endif
 
 // e^x. float: within 2 ulp for x <= 0, zero below -87.3; NaN stays NaN.
 inline Vec<float> exp(Vec<float> x) {

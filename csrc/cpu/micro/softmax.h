@@ -18,7 +18,7 @@ void softmax(const SoftmaxTile<A>& t) {
       best = logit > best ? logit : best;
     }
     A& peak = t.peak[t.rows[i]];
-    const A before = peak, tile_peak = max_of_lanes<A>(best);
+    const A before = peak, tile_peak = max_of_lanes(best);
     peak = tile_peak > before ? tile_peak : before;
     // While every logit is -inf the reference point is 0, so that -inf - -inf never arises.
     const A reference = peak == minus_infinity ? A(0) : peak;
@@ -30,7 +30,7 @@ void softmax(const SoftmaxTile<A>& t) {
     }
     const A decay = exp(broadcast(before - reference))[0];
     t.decay[i] = decay;
-    t.total[t.rows[i]] = t.total[t.rows[i]] * decay + sum_of_lanes<A>(total);
+    t.total[t.rows[i]] = t.total[t.rows[i]] * decay + sum_of_lanes(total);
   }
 }
 
@@ -62,8 +62,8 @@ void softmax_backward(const SoftmaxBackwardTile<A>& t) {
         gradient_sum += d_logit[l];
       }
     }
-    weight_sum += sum_of_lanes<A>(weights);
-    gradient_sum += sum_of_lanes<A>(gradients);
+    weight_sum += sum_of_lanes(weights);
+    gradient_sum += sum_of_lanes(gradients);
     t.weight_sum[i] = weight_sum;
     t.gradient_sum[i] = gradient_sum;
   }
