@@ -20,6 +20,17 @@ PROBLEMS = {
     "everything": dict(heads=8, kv_heads=4, retrieval_heads=2, score_scale=True, sink=True),
     "packed": dict(lengths=[13, 0, 3, 40, 1, 22], score_scale=True, sink=True),
     "chunk of one": dict(chunk_size=1, top_k=5),
+    # Pairs are attended to query by query, eights chunk by chunk, whatever the dtype.
+    "everything, pairs": dict(
+        heads=8, kv_heads=4, retrieval_heads=2, score_scale=True, sink=True, chunk_size=2, top_k=5
+    ),
+    "everything, eights": dict(
+        heads=8, kv_heads=4, retrieval_heads=2, score_scale=True, sink=True, chunk_size=8
+    ),
+    "packed pairs": dict(lengths=[13, 0, 3, 40, 1, 22], score_scale=True, sink=True, chunk_size=2),
+    "packed eights": dict(lengths=[13, 0, 3, 40, 1, 22], score_scale=True, sink=True, chunk_size=8),
+    "wide pairs": dict(head_dim=203, chunk_size=2),
+    "many pairs": dict(batch=3, queries=300, context=310, chunk_size=2, retrieval_heads=2),
     "odd chunk": dict(chunk_size=7, top_k=2, head_dim=33),
     "large chunk": dict(queries=300, context=640, chunk_size=150, top_k=2),
     "chunk beyond context": dict(chunk_size=100),

@@ -61,6 +61,37 @@ def test_bfloat16_is_multiplied_in_float32_elsewhere():
         plan(isa="mmx")
 
 
+BY_QUERY = [
+    (dict(chunk_size=2, top_k=1), True),
+    (dict(chunk_size=1, top_k=8), True),
+    (dict(chunk_size=2, top_k=8), True),
+    (dict(chunk_size=2, top_k=9), False),  # a chunk meets 18 rows
+    (dict(chunk_size=2, top_k=9, queries=1024), True),  # of which only the last are there
+    (dict(chunk_size=4, top_k=1), False),
+    (dict(chunk_size=4, top_k=1, dtype="bfloat16"), True),
+    (dict(chunk_size=8, top_k=1, dtype="bfloat16"), False),
+    (dict(chunk_size=64, top_k=8, queries=1), False),
+    (dict(chunk_size=1, top_k=1, dtype="float64"), True),
+    (dict(chunk_size=2, top_k=1, queries=1, context=1), False),  # no chunk
+]
+
+
+@pytest.mark.parametrize("isa", ["portable", "amx"])
+@pytest.mark.parametrize("shape, by_query", BY_QUERY)
+def test_chunks_of_a_few_tokens_are_attended_to_query_by_query(shape, by_query, isa):
+    attend = stages(isa=isa, **shape)["attend"]
+    assert (attend.kernel == "query_stationary") == by_query
+    assert ("query_block" in attend.parameters) == by_query
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_query_by_query_there_is_work_for_every_thread(threads):
+    tiny = dict(chunk_size=2, top_k=1, threads=threads)
+    assert 16384 / stages(**tiny)["attend"].parameters["query_block"] >= threads
+    few = stages(**tiny, queries=1, context=4096, heads=32, kv_heads=32)["attend"]
+    assert few.kernel == "query_stationary"  # then each head is a task
+
+
 def test_packed_keys_and_values_stay_where_heads_balance_and_there_is_room():
     amx = dict(dtype="bfloat16", isa="amx", head_dim=128, heads=16, kv_heads=16)
 
