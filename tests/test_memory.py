@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ops = torch.ops.resona
+from resona_ext.ops import resona as ops
+
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <unistd.h>
 
 #include <thread>
 #include <vector>
@@ -12,21 +13,35 @@
 
 namespace resona::ops {
 
+// OpenMP's workers do not live on in a forked child, where waiting for them would never end. The thread
+// sanitizer does not see the barriers of torch's OpenMP runtime, which is not built for it. Both are served
+// by threads made for the call.
+inline bool needs_own_threads() {
+#if defined(__SANITIZE_THREAD__)
+  return true;
+#else
+  static const pid_t loaded_by = getpid();
+  return getpid() != loaded_by;
+#endif
+}
+inline const bool kKnowsWhoLoadedIt = needs_own_threads();  // asked before anyone can fork
+
 class TorchExecutor final : public cpu::Executor {
  public:
   int64_t threads() const override { return static_cast<int64_t>(torch::stable::get_num_threads()); }
   void run(int64_t workers, const std::function<void()>& body) const override {
-#if defined(__SANITIZE_THREAD__)
-    // The sanitizer does not see the barriers of torch's OpenMP runtime, which is not built for it.
+    if (needs_own_threads()) return run_on_new_threads(workers, body);
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body();
+    });
+  }
+
+ private:
+  static void run_on_new_threads(int64_t workers, const std::function<void()>& body) {
     std::vector<std::thread> threads;
     for (int64_t i = 1; i < workers; ++i) threads.emplace_back(body);
     body();
     for (std::thread& thread : threads) thread.join();
-    return;
-#endif
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body();
-    });
   }
 };
 
