@@ -104,6 +104,8 @@ struct Kernels {
                          double* dots);  // rows [count, n]
   // to[column, row] = from[row, column]; rows up to a multiple of 16 become zero columns of `to`.
   void (*transpose)(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to);
+  // sum[n] of `count` rows, `stride` bytes apart, in ascending order from zero on; by DType as below.
+  void (*sum_rows[4])(const char* from, int64_t stride, int64_t count, int64_t n, A* sum);
   void (*attend_row[4])(const RowAttend<A>&);           // by DType of keys and values; null if not for A
   void (*load[4])(const void* from, A* to, int64_t n);  // by DType; null if not for A
   void (*store[4])(const A* from, void* to, int64_t n);

@@ -13,8 +13,8 @@ namespace {
 
 template <class A>
 struct Scratch {
-  explicit Scratch(int64_t dim) : token(dim), sum(dim), unit(dim), gradient(dim) {}
-  Buffer<A> token, sum, unit, gradient;
+  explicit Scratch(int64_t dim) : sum(dim), unit(dim), gradient(dim) {}
+  Buffer<A> sum, unit, gradient;
 };
 
 // Adds the tokens of a chunk in ascending order and returns the norm of the sum.
@@ -22,13 +22,10 @@ template <class A>
 double sum_chunk(const Rows& context, const Sequence& sequence, int64_t head, int64_t chunk,
                  const Shape& shape, Scratch<A>& s) {
   const Kernels<A>& kernel = kernels<A>();
-  const int64_t dim = shape.retrieval_dim;
-  std::fill_n(s.sum.data(), dim, A(0));
-  for (int64_t t = 0; t < shape.chunk_size; ++t) {
-    const int64_t token = sequence.token_begin + chunk * shape.chunk_size + t;
-    kernel.load_row(context.dtype, context.at(sequence.batch, token, head), s.token.data(), dim);
-    kernel.add_scaled(A(1), s.token.data(), s.sum.data(), dim);
-  }
+  const int64_t dim = shape.retrieval_dim, token = sequence.token_begin + chunk * shape.chunk_size;
+  const char* first = static_cast<const char*>(context.at(sequence.batch, token, head));
+  kernel.sum_rows[static_cast<int>(context.dtype)](first, context.token_stride * size_of(context.dtype),
+                                                   shape.chunk_size, dim, s.sum.data());
   return std::sqrt(kernel.canonical_dot(s.sum.data(), s.sum.data(), dim));
 }
 
