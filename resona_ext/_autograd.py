@@ -219,6 +219,6 @@ def register() -> torch.library.Library:
         torch.library.register_autograd(
             f"resona::{name}", backward, setup_context=setup, lib=library
         )
-    for name in ("decode_step", "prefix_linear_attention_step"):
+    for name in ("decode_step", "decode_step_two_level", "prefix_linear_attention_step"):
         library.impl(name, _raw(name), "Autograd", with_keyset=True)
     return library

@@ -59,6 +59,22 @@ def check_settings(cache: ChunkCache) -> None:
         require(got in SUPPORTED, method, name, f"one of {SUPPORTED}", got)
 
 
+def check_two_level(cache: ChunkCache) -> None:
+    for name in ("superchunk_size", "probes"):
+        got = getattr(cache, name)
+        is_int = isinstance(got, int) and not isinstance(got, bool)
+        expected = "None or an int of at least 1"
+        require(got is None or (is_int and got >= 1), "ChunkCache", name, expected, got)
+
+
+def checked_probes(cache: ChunkCache, method: str, probes: int | None) -> int | None:
+    """Those of one call, else those of the cache."""
+    expected = 'None with search="exact"'
+    require(probes is None or cache.search == "two_level", method, "probes", expected, probes)
+    require(probes is None or probes >= 1, method, "probes", "None or at least 1", probes)
+    return cache.probes if probes is None else probes
+
+
 def check_room(cache: ChunkCache, method: str, wanted: int) -> None:
     expected = f"at most max_length = {cache.max_length} tokens per sequence"
     require(wanted <= cache.max_length, method, "lengths", expected, wanted)

@@ -1,4 +1,4 @@
-"""Parts of the decode cache: pieces of a ragged batch, the sums of open chunks, what a crop may keep."""
+"""Parts of the decode cache: pieces of a ragged batch, how they are appended, what a crop may keep."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._cache_checks import complain, require
+from ._cache_superchunks import fold
 from .ops import resona
 
 if TYPE_CHECKING:
@@ -97,67 +98,92 @@ def runs_of(starts: list[int], spans: list[tuple[int, int]]) -> list[Run]:
     return runs
 
 
-def fold_tokens(
-    context: Tensor, start: int, chunk_size: int, open_sum: Tensor, chunks: Tensor
-) -> Tensor:
-    """Pool tokens [start, start + T) into chunks, in the canonical order: token by token from zero.
+class Settings(NamedTuple):
+    """What a call says of its search and attention."""
 
-    context [B, T, R, E], open_sum [B, R, E] of the tokens since the last border, chunks
-    [B, C, R, E], of which the rows of chunks that close here are written. Returns the new open sum.
+    top_k: int
+    score_scale: Tensor | None
+    sink: Tensor | None
+    scale: float | None
+    probes: int | None
+    inclusive: bool
+
+
+def append_and_attend(
+    cache: ChunkCache, runs: list[Run], piece: Piece, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Append everything but the lengths; out, lse, indices and scores of all rows of the piece.
+
+    Until the lengths change, nothing that is written can be seen; the sums are written last.
     """
-    count = context.shape[1]
-    head = min(-start % chunk_size, count)
-    total = open_sum.clone()
-    for t in range(head):
-        total += context[:, t]
-    chunk = start // chunk_size
-    if head > 0 and (start + head) % chunk_size == 0:
-        # A chunk of one token is that token at unit length, which is what is left to do.
-        chunks[:, chunk] = resona.pool_chunks(total.unsqueeze(1), 1)[:, 0]
-        total.zero_()
-        chunk += 1
-    whole = (count - head) // chunk_size
-    tail = head + whole * chunk_size
-    if whole > 0:
-        chunks[:, chunk : chunk + whole] = resona.pool_chunks(context[:, head:tail], chunk_size)
-    for t in range(tail, count):
-        total += context[:, t]
-    return total
+    results = _unused_results(cache, piece, settings.top_k)
+    sums, upper = cache.open_sum.clone(), cache.superchunks
+    upper_sums = None if upper is None else upper.sum.clone()
+    for run in runs:
+        own = piece.of(run)
+        sums[run.rows] = _append_tokens(cache, run, own)
+        if upper is not None:
+            first, last = run.start // cache.chunk_size, run.end // cache.chunk_size
+            closed = cache.chunk_embedding[run.rows, first:last]
+            upper_sums[run.rows] = upper.append(run.rows, closed, first)
+        found = _search_and_attend(cache, run, own, settings)
+        for result, part in zip(results, found, strict=True):
+            result[run.rows, run.first : run.first + run.count] = part
+    for run in runs:
+        _keep_history(cache, run, piece.of(run))
+    cache.open_sum.copy_(sums)
+    if upper is not None:
+        upper.sum.copy_(upper_sums)
+    return results
 
 
-def append_tokens(cache: ChunkCache, run: Run, piece: Piece) -> Tensor:
+def _unused_results(
+    cache: ChunkCache, piece: Piece, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As they are at padding."""
+    query, shape = piece.query, piece.query.shape
+    slots = (*shape[:2], cache.retrieval_heads, top_k)
+    wide = torch.float64 if cache.dtype == torch.float64 else torch.float32
+    return (
+        torch.zeros_like(query, memory_format=torch.contiguous_format),
+        query.new_full(shape[:3], -torch.inf, dtype=wide),
+        query.new_full(slots, -1, dtype=torch.int32),
+        query.new_full(slots, -torch.inf, dtype=cache.open_sum.dtype),
+    )
+
+
+def _append_tokens(cache: ChunkCache, run: Run, piece: Piece) -> Tensor:
     """Write keys, values and the chunks that close; returns the sum of the chunk left open."""
     cache.key[run.rows, run.start : run.end] = piece.key
     cache.value[run.rows, run.start : run.end] = piece.value
     sums, chunks = cache.open_sum[run.rows], cache.chunk_embedding[run.rows]
-    return fold_tokens(piece.context_embedding, run.start, cache.chunk_size, sums, chunks)
+    return fold(piece.context_embedding, run.start, cache.chunk_size, sums, chunks)
 
 
-def search_and_attend(
-    cache: ChunkCache,
-    run: Run,
-    piece: Piece,
-    top_k: int,
-    score_scale: Tensor | None,
-    sink: Tensor | None,
-    scale: float | None,
-    inclusive: bool,
+def _search_and_attend(
+    cache: ChunkCache, run: Run, piece: Piece, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, indices and scores of tokens that have been appended."""
     # Queries are aligned at the end of the context, so one token more moves each on by one.
-    size, length = cache.chunk_size, run.end + int(inclusive)
+    size, length = cache.chunk_size, run.end + int(settings.inclusive)
     chunks = cache.chunk_embedding[run.rows, : length // size]
-    indices, scores = resona.retrieve(piece.query_embedding, chunks, size, top_k, length)
+    where = (piece.query_embedding, chunks, size, settings.top_k, length)
+    if cache.superchunks is None:
+        indices, scores = resona.retrieve(*where)
+    else:
+        sizes = {"superchunk_size": cache.superchunks.size, "probes": settings.probes}
+        indices, scores = resona.retrieve_two_level(*where, **sizes)
     bias = None
-    if score_scale is not None:
-        used = scores.masked_fill(indices < 0, 0.0).to(score_scale.dtype)
-        bias = score_scale.unsqueeze(-1) * used
+    if settings.score_scale is not None:
+        used = scores.masked_fill(indices < 0, 0.0).to(settings.score_scale.dtype)
+        bias = settings.score_scale.unsqueeze(-1) * used
     key, value = cache.key[run.rows, :length], cache.value[run.rows, :length]
-    out, lse = resona.attend(piece.query, key, value, indices, size, bias, sink, scale=scale)
+    selected = (indices, size, bias, settings.sink)
+    out, lse = resona.attend(piece.query, key, value, *selected, scale=settings.scale)
     return out, lse, indices, scores
 
 
-def keep_history(cache: ChunkCache, run: Run, piece: Piece) -> None:
+def _keep_history(cache: ChunkCache, run: Run, piece: Piece) -> None:
     """Write the last tokens into the rings that `crop` and the owner read."""
     count = min(run.count, cache.history_rows)
     if count == 0:

@@ -353,4 +353,33 @@ def check_decode(
     check.in_place("open_sum", open_sum, query)
     check.in_place("history", history, query)
     check.in_place("lengths", lengths, query)
-    return s
+    return s._replace(context=capacity)
+
+
+def check_superchunks(
+    op: str,
+    s: Shape,
+    query: Tensor,
+    query_embedding: Tensor,
+    superchunk_embedding: Tensor,
+    superchunk_sum: Tensor,
+    chunk_size: int,
+    superchunk_size: int,
+    probes: int | None,
+) -> None:
+    """After `check_decode`, which gave the shape; its context is the capacity."""
+    check = Checker(op)
+    check.at_least_one("superchunk_size", superchunk_size)
+    if probes is not None:
+        check.at_least_one("probes", probes)
+    heads = (s.retrieval_heads, s.retrieval_dim)
+    superchunks = (s.batch, s.context // chunk_size // superchunk_size, *heads)
+    layout = "[B, M // S // P, R, E]"
+    check.shape("superchunk_embedding", superchunk_embedding, layout, superchunks)
+    check.shape("superchunk_sum", superchunk_sum, "[B, R, E]", (s.batch, *heads))
+    check.dtype(
+        "superchunk_embedding", superchunk_embedding, query_embedding.dtype, "query_embedding"
+    )
+    check.dtype("superchunk_sum", superchunk_sum, accumulation_dtype(query_embedding))
+    check.in_place("superchunk_embedding", superchunk_embedding, query)
+    check.in_place("superchunk_sum", superchunk_sum, query)

@@ -12,6 +12,7 @@ from ._checks import (
     check_fused,
     check_pool_chunks,
     check_retrieve,
+    check_superchunks,
     check_two_level,
 )
 
@@ -209,6 +210,37 @@ def _decode_step(
     return _attended_and_retrieved(s, query, query_embedding, top_k)
 
 
+def _decode_step_two_level(
+    query,
+    key,
+    value,
+    query_embedding,
+    context_embedding,
+    key_cache,
+    value_cache,
+    chunk_embedding,
+    open_sum,
+    history,
+    lengths,
+    superchunk_embedding,
+    superchunk_sum,
+    chunk_size,
+    top_k,
+    superchunk_size,
+    score_scale=None,
+    sink=None,
+    *,
+    probes=None,
+    scale=None,
+):
+    op, new = "decode_step_two_level", (query, key, value, query_embedding, context_embedding)
+    state = (key_cache, value_cache, chunk_embedding, open_sum, history, lengths)
+    s = check_decode(op, *new, *state, chunk_size, top_k, score_scale, sink, scale)
+    superchunks = (superchunk_embedding, superchunk_sum, chunk_size, superchunk_size, probes)
+    check_superchunks(op, s, query, query_embedding, *superchunks)
+    return _attended_and_retrieved(s, query, query_embedding, top_k)
+
+
 def register() -> None:
     for fake in (
         _pool_chunks,
@@ -220,6 +252,7 @@ def register() -> None:
         _attend_backward,
         _fused_retrieve_attend,
         _decode_step,
+        _decode_step_two_level,
     ):
         name = fake.__name__ if fake.__name__.endswith("_backward") else fake.__name__[1:]
         torch.library.register_fake(f"resona::{name}", fake)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._layer_parts import first_real_token, require, rms_norm, roll_rows, score_scale_and_sink
 from .cache import ChunkCache
+from .ops import resona
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -34,9 +35,15 @@ def make_cache(
         dtype = cache_dtype(layer, device)
     inclusive = layer.eligibility == "inclusive"
     taps = max(layer.key_conv - 1, 0)
+    room = max_length + int(inclusive)  # see `inclusive` of ChunkCache.prefill
+    superchunk_size = layer.superchunk_size
+    if layer.search == "two_level" and superchunk_size is None:
+        # As a full forward over max_length tokens would choose it. Probes go with each call.
+        where = (room, layer.chunk_size, layer.top_k)
+        superchunk_size = resona._plan_two_level(*where, None, layer.probes)[0]
     return ChunkCache(
         batch,
-        max_length + int(inclusive),  # see `inclusive` of ChunkCache.prefill
+        room,
         layer.num_kv_heads,
         layer.head_dim,
         layer.retrieval_heads,
@@ -47,6 +54,8 @@ def make_cache(
         history,
         carry_rows=taps,
         carry_dim=layer.d_model if taps else 0,
+        search=layer.search,
+        superchunk_size=superchunk_size,
     )
 
 
@@ -77,6 +86,7 @@ def make_sharded_cache(
         mesh=mesh,
         carry_rows=taps,
         carry_dim=layer.d_model if taps else 0,
+        search=layer.search,
     )
 
 
@@ -101,10 +111,12 @@ def check_cache(layer: Resona, cache: ChunkCache, x: Tensor, cu_seqlens: Tensor 
     require(layer.encoders.is_pooled, "cache", expected, "a cache")
     require(cache.batch == x.shape[0], "cache", f"of batch {x.shape[0]}", cache.batch)
     taps = max(layer.key_conv - 1, 0)
-    settings = {"num_kv_heads", "head_dim", "retrieval_heads", "retrieval_dim", "chunk_size"}
+    settings = {"num_kv_heads", "head_dim", "retrieval_heads", "retrieval_dim", "chunk_size", "search"}
+    if layer.superchunk_size is not None:
+        settings.add("superchunk_size")
     wanted = {name: getattr(layer, name) for name in sorted(settings)}
     wanted |= {"carry_rows": taps, "carry_dim": layer.d_model if taps else 0}
-    got = {name: getattr(cache, name) for name in wanted}
+    got = {name: getattr(cache, name, None) for name in wanted}
     require(got == wanted, "cache", f"one of `make_cache` with {wanted}", got)
 
 
@@ -143,6 +155,8 @@ def _append(
     score_scale, sink = score_scale_and_sink(layer, query.dtype)
     inclusive = layer.eligibility == "inclusive"
     settings = {"top_k": layer.top_k, "score_scale": score_scale, "sink": sink, "carry": carry}
+    if cache.search == "two_level":
+        settings["probes"] = layer.probes
     if is_sharded(cache):
         out, aux = cache.step(*arguments, **settings, inclusive=inclusive, return_aux=True)
     elif x.shape[1] == 1 and count is None and not inclusive:

@@ -171,6 +171,18 @@ def _register_flops() -> None:
         search = 2 * batch * heads * dim * chunk_embedding[1]
         return search + _attend_flops(query_shape, top_k * chunk_size)
 
+    @register_flop_formula(ops.decode_step_two_level)
+    def decode_step_two_level(query_shape, *shapes, probes=None, **__) -> int:
+        query_embedding, key_cache, chunk_embedding, centroids = (shapes[i] for i in (2, 4, 6, 10))
+        chunk_size, top_k, superchunk_size = shapes[12:15]
+        where = (key_cache[1], chunk_size, top_k)
+        size, probes = ops._plan_two_level(*where, superchunk_size, probes)
+        batch, _, heads, dim = query_embedding
+        scored = chunk_embedding[1]
+        if centroids[1] > probes:
+            scored = centroids[1] + min(probes * size + size // 2, scored)
+        return 2 * batch * heads * dim * scored + _attend_flops(query_shape, top_k * chunk_size)
+
     # d query, d key, d value and the two recomputed products.
     @register_flop_formula(ops._attend_backward)
     def attend_backward(

@@ -16,20 +16,15 @@ from ._cache_checks import (
     check_room,
     check_settings,
     check_state,
+    check_two_level,
     checked_index,
+    checked_probes,
     refuse_gradients,
     require,
 )
-from ._cache_parts import (
-    Piece,
-    append_tokens,
-    crop_targets,
-    keep_history,
-    runs_of,
-    search_and_attend,
-    spans_of,
-)
-from .functional import RetrieveAttendAux, _with_heads
+from ._cache_parts import Piece, Settings, append_and_attend, crop_targets, runs_of, spans_of
+from ._cache_superchunks import Superchunks
+from .functional import RetrieveAttendAux, _sizes_of, _with_heads
 from .ops import resona
 
 FORMAT = 1  # of state_dict
@@ -58,6 +53,10 @@ class ChunkCache:
         embedding_dtype: of query and context embeddings. Default dtype.
         carry_rows, carry_dim: the owner may hand in a row of carry_dim numbers (of `dtype`) with each
             token and read the last carry_rows of them back: the tail of a short convolution.
+        search, superchunk_size, probes: as in `retrieve`. With "two_level" the cache keeps the centroids
+            of superchunks too. superchunk_size is chosen by max_length if it is not given (and as for
+            top_k up to 8 if probes is not), and by its length in a full forward: give it where both have
+            to find the same. probes may also be given with each call.
 
     Attributes:
         key, value: [B, M, Hkv, D].
@@ -65,6 +64,8 @@ class ChunkCache:
         open_sum: [B, R, E], sum of the chunk that is not yet closed; float32, or float64.
         history: [B, W, R, E]; token p stands in row p mod W.
         lengths: int32 [B], tokens in the cache.
+        superchunks: of a two-level search, its size, embedding [B, M // S // P, R, E] and sum [B, R, E];
+            None with the exact one.
         These are to be read; change them through the methods, which also keep count on the host.
 
     Raises:
@@ -93,7 +94,12 @@ class ChunkCache:
         embedding_dtype: torch.dtype | None = None,
         carry_rows: int = 0,
         carry_dim: int = 0,
+        search: str = "exact",
+        superchunk_size: int | None = None,
+        probes: int | None = None,
     ) -> None:
+        _sizes_of("ChunkCache", search, superchunk_size, probes)
+        self.search, self.superchunk_size, self.probes = search, superchunk_size, probes
         self.batch = batch
         self.max_length = max_length
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
@@ -106,6 +112,7 @@ class ChunkCache:
         if history is None:
             self.history_rows = min(2 * chunk_size, max_length) + carry_rows
         check_settings(self)
+        check_two_level(self)
         self._longest = 0  # tokens of the longest sequence, as far as the host knows
 
         heads = (retrieval_heads, retrieval_dim)
@@ -125,6 +132,12 @@ class ChunkCache:
         # What lies before was overwritten by tokens that a crop has removed.
         self.history_start = zeros(batch, dtype=torch.int32)
         self._sequence = torch.arange(batch, device=device)
+        self.superchunks = None
+        if search == "two_level":
+            sizes = (superchunk_size, probes)
+            self.superchunk_size = resona._plan_two_level(max_length, chunk_size, 1, *sizes)[0]
+            buffers = (self.chunk_embedding, self.open_sum)
+            self.superchunks = Superchunks(self.superchunk_size, *buffers)
 
     # --- Reading ---------------------------------------------------------------------------------
 
@@ -136,7 +149,8 @@ class ChunkCache:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         names = (*self._tokens, "chunk_embedding", *self._rows)
-        return sum(getattr(self, name).nbytes for name in names)
+        upper = 0 if self.superchunks is None else self.superchunks.nbytes
+        return sum(getattr(self, name).nbytes for name in names) + upper
 
     def get_seq_length(self) -> int:
         """Tokens of the longest sequence, without asking the device.
@@ -189,6 +203,7 @@ class ChunkCache:
         carry: Tensor | None = None,
         inclusive: bool = False,
         return_aux: bool = False,
+        probes: int | None = None,
     ) -> Tensor | tuple[Tensor, RetrieveAttendAux]:
         """Append T tokens to each sequence, or fewer, and return their outputs.
 
@@ -209,6 +224,7 @@ class ChunkCache:
             inclusive: a token also sees the chunk that it closes. Takes one token of capacity more than
                 there are tokens.
             return_aux: also return log-sum-exp, indices and scores.
+            probes: of this call; default the cache's.
 
         Returns:
             out [B, T, H, D], or (out, RetrieveAttendAux). Rows at padding hold 0, -inf, -1 and -inf.
@@ -219,6 +235,7 @@ class ChunkCache:
         embeddings = _with_heads(query_embedding), _with_heads(context_embedding)
         piece = Piece(query, key, value, *embeddings, carry)
         check_piece(self, method, piece, top_k, score_scale, sink, scale)
+        probes = checked_probes(self, method, probes)
         rows = query.shape[1]
         spans = spans_of(method, lengths, attention_mask, self.batch, rows)
         self.check()
@@ -227,31 +244,13 @@ class ChunkCache:
         longest = max(ends, default=0)
         check_room(self, method, longest + int(inclusive and rows > 0))
 
+        runs = runs_of(starts, spans)
+        settings = Settings(top_k, score_scale, sink, scale, probes, inclusive)
         with torch.no_grad():
-            accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
-            slots = (self.batch, rows, self.retrieval_heads, top_k)
-            out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-            aux = RetrieveAttendAux(
-                query.new_full(query.shape[:3], -torch.inf, dtype=accumulation),
-                query.new_full(slots, -1, dtype=torch.int32),
-                query.new_full(slots, -torch.inf, dtype=self.open_sum.dtype),
-            )
-            # Until the lengths change, nothing that is written can be seen.
-            sums = self.open_sum.clone()
-            runs = runs_of(starts, spans)
-            for run in runs:
-                own = piece.of(run)
-                sums[run.rows] = append_tokens(self, run, own)
-                settings = (top_k, score_scale, sink, scale, inclusive)
-                found = search_and_attend(self, run, own, *settings)
-                for result, part in zip((out, *aux), found, strict=True):
-                    result[run.rows, run.first : run.first + run.count] = part
-            for run in runs:
-                keep_history(self, run, piece.of(run))
-            self.open_sum.copy_(sums)
+            out, *aux = append_and_attend(self, runs, piece, settings)
             self.lengths.copy_(torch.tensor(ends, dtype=torch.int32))
         self._longest = longest
-        return (out, aux) if return_aux else out
+        return (out, RetrieveAttendAux(*aux)) if return_aux else out
 
     def step(
         self,
@@ -267,36 +266,32 @@ class ChunkCache:
         scale: float | None = None,
         carry: Tensor | None = None,
         return_aux: bool = False,
+        probes: int | None = None,
     ) -> Tensor | tuple[Tensor, RetrieveAttendAux]:
         """Append one token to each sequence and return its output: `torch.ops.resona.decode_step`.
 
         Asks nothing of the device. Arguments as in `prefill` with T = 1, in tensors of [B, 1, ...].
+        A two-level search is `torch.ops.resona.decode_step_two_level`.
 
         Raises:
-            ValueError: the longest sequence is full, or carry does not fit.
+            ValueError: the longest sequence is full, or carry or probes do not fit.
             RuntimeError: from the operator; the message names the argument.
         """
         check_room(self, "ChunkCache.step", self._longest + 1)
         check_carry(self, "ChunkCache.step", carry, 1)
+        probes = checked_probes(self, "ChunkCache.step", probes)
         slot = self.lengths % self.history_rows if self.carry_rows else None
-        out, *aux = resona.decode_step(
-            query,
-            key,
-            value,
-            _with_heads(query_embedding),
-            _with_heads(context_embedding),
-            self.key,
-            self.value,
-            self.chunk_embedding,
-            self.open_sum,
-            self.history,
-            self.lengths,
-            self.chunk_size,
-            top_k,
-            score_scale,
-            sink,
-            scale=scale,
-        )
+        new = (query, key, value, _with_heads(query_embedding), _with_heads(context_embedding))
+        state = (self.key, self.value, self.chunk_embedding, self.open_sum, self.history)
+        state += (self.lengths,)
+        sizes, extras = (self.chunk_size, top_k), (score_scale, sink)
+        if self.superchunks is None:
+            out, *aux = resona.decode_step(*new, *state, *sizes, *extras, scale=scale)
+        else:
+            state += (self.superchunks.embedding, self.superchunks.sum)
+            sizes += (self.superchunks.size,)
+            keywords = {"probes": probes, "scale": scale}
+            out, *aux = resona.decode_step_two_level(*new, *state, *sizes, *extras, **keywords)
         if slot is not None:
             self.carry[self._sequence, slot] = carry.detach()[:, 0]
         self._longest += 1
@@ -308,6 +303,8 @@ class ChunkCache:
         """Forget all tokens of all sequences."""
         for t in (self.lengths, self.open_sum, self.history_start):
             t.zero_()
+        if self.superchunks is not None:
+            self.superchunks.sum.zero_()
         self._longest = 0
 
     @torch.no_grad()
@@ -334,6 +331,8 @@ class ChunkCache:
             self.lengths[b] = target.length
             self.history_start[b] = target.history_start
         self._longest = max(self.lengths.tolist(), default=0)
+        if self.superchunks is not None:
+            self.superchunks.restore_sum(*self._closed())
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Sequence b becomes what sequence beam_idx[b] was: beam search. beam_idx is int [B]."""
@@ -343,6 +342,8 @@ class ChunkCache:
         require(fits, "ChunkCache.reorder", "beam_idx", expected, list(beam_idx.shape))
         for _, used in self._used():
             used.copy_(used.index_select(0, index))
+        if self.superchunks is not None:
+            self.superchunks.select(index, in_place=True)
         self._count_again()
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -350,6 +351,8 @@ class ChunkCache:
         index = checked_index(self, "batch_select_indices", indices)
         for name in (*self._tokens, "chunk_embedding", *self._rows):
             setattr(self, name, getattr(self, name).index_select(0, index))
+        if self.superchunks is not None:
+            self.superchunks.select(index, in_place=False)
         self.batch = len(index)
         self._sequence = torch.arange(self.batch, device=self.device)
         self._count_again()
@@ -370,6 +373,11 @@ class ChunkCache:
         for name in self._rows:
             yield name, getattr(self, name)
 
+    def _closed(self) -> tuple[Tensor, Tensor, int]:
+        """Chunk embeddings, how many of them each sequence has, and the most that one has."""
+        size = self.chunk_size
+        return self.chunk_embedding, self.lengths.long() // size, self._longest // size
+
     def _count_again(self) -> None:
         if self.device.type == "cpu":
             self._longest = max(self.lengths.tolist(), default=0)
@@ -377,13 +385,16 @@ class ChunkCache:
     # --- Saving ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """Tensors and ints, copies of what is in use, for torch.save; see `load_state_dict`."""
+        """Tensors and ints, copies of what is in use, for torch.save; see `load_state_dict`.
+
+        The same for every search: superchunks follow from the chunks.
+        """
         settings = {name: getattr(self, name) for name in self._settings}
         used = {name: t.clone() for name, t in self._used()}
         return {"format": FORMAT, "longest": self._longest, **settings, **used}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Take over what `state_dict` gave, also on another device or of another max_length.
+        """Take over what `state_dict` gave, also on another device, of another max_length or search.
 
         Raises:
             ValueError: the state is of another kind of cache, does not fit or is damaged. The cache is
@@ -394,7 +405,11 @@ class ChunkCache:
         self._longest = state["longest"]
         for name, target in self._used():
             target.copy_(state[name])
+        if self.superchunks is not None:
+            self.superchunks.restore(*self._closed())
 
     def __repr__(self) -> str:
         names = ("batch", "max_length", *self._settings[1:6], "dtype", "embedding_dtype", "device")
+        if self.superchunks is not None:
+            names += ("search", "superchunk_size")
         return f"ChunkCache({', '.join(f'{name}={getattr(self, name)}' for name in names)})"

@@ -86,7 +86,8 @@ class Resona(nn.Module):
         eligibility: "strict" searches chunks whose last token lies before the query (the paper);
             "inclusive" also the chunk that the query itself closes.
         search, superchunk_size, probes: as in `resona_ext.retrieve`: "two_level" trades recall for time
-            in long contexts. Attributes, turned at any time. A cache and a mesh search exactly.
+            in long contexts. Attributes, turned at any time; of a cache that was made before, only probes
+            may be. Over a mesh the search is exact, and no cache can be made for another.
         trainable_retrieval: False is the paper's hard mask: no gradient reaches the encoders, so
             they are frozen (`requires_grad=False`, those of a given module too). True adds
             score_scale [R], from 10, by which scores weigh their chunks, and sink [H], from 0, by
@@ -257,8 +258,9 @@ class Resona(nn.Module):
 
         dtype and device: default those of the weights, or autocast's dtype inside of it. history: as
         in `ChunkCache`. mesh: the ranks that share the tokens; then a
-        `resona_ext.distributed.ShardedChunkCache`, which has no history. A change of chunk_size needs
-        another cache; top_k may change at any time.
+        `resona_ext.distributed.ShardedChunkCache`, which has no history. A change of chunk_size, search
+        or superchunk_size needs another cache; top_k and probes may change at any time. Without a
+        superchunk_size the cache has that of a full forward over max_length tokens.
         """
         if mesh is not None:
             require(history is None, "history", "None with a mesh", history)

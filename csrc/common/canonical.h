@@ -55,6 +55,12 @@ RESONA_HD A score(double dot, double query_norm) {
 // The chunks (0, 1, ...) that lie wholly before `position`.
 RESONA_HD int64_t eligible_chunks(int64_t position, int64_t chunk_size) { return position / chunk_size; }
 
+// How many of the eligible chunks a two-level search looks at: those of m superchunks, and of the open one.
+RESONA_HD int64_t searched_chunks(int64_t eligible, int64_t superchunk_size, int64_t probes) {
+  const int64_t whole = eligible / superchunk_size;
+  return (whole < probes ? whole : probes) * superchunk_size + eligible % superchunk_size;
+}
+
 // Whether a chunk met later, hence of higher index, ranks above one met before. A NaN ranks below every
 // number, and equals go to the lower index.
 template <class A>

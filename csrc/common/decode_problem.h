@@ -24,6 +24,15 @@ struct DecodeProblem {
   void* scores;                             // [B, 1, R, k] float, or double for float64 embeddings
   MutableRows out;                          // [B, 1, H, D]
   void* lse;                                // [B, 1, H] float, or double for float64 queries
+
+  // Of a search in two levels, as in TwoLevelPlan; superchunk_size 0: all chunks are searched.
+  int64_t superchunk_size, probes;  // P, m
+  MutableRows superchunks;          // [B, M / S / P, R, E] unit-norm sums of P chunks
+  void* superchunk_sum;             // [B, R, E] of the chunks of the open superchunk, typed like open_sum
+
+  bool two_level() const { return superchunk_size > 0; }
+  // Whether a query with so many chunks in its past has more superchunks there than it may search.
+  bool probes_centroids(int64_t eligible) const { return two_level() && eligible / superchunk_size > probes; }
 };
 
 }  // namespace resona

@@ -300,4 +300,20 @@ Shape check_decode(const char* op, const AttendArguments& a, const Tensor& query
   return s;
 }
 
+void check_superchunks(const char* op, const Shape& s, const Tensor& query, const Tensor& query_embedding,
+                       const DecodeSuperchunks& superchunks) {
+  const Checker check{op};
+  const Tensor &embedding = superchunks.superchunk_embedding, &sum = superchunks.superchunk_sum;
+  check.at_least_one("superchunk_size", superchunks.superchunk_size);
+  if (superchunks.probes.has_value()) check.at_least_one("probes", *superchunks.probes);
+  const int64_t count = s.context / s.chunk_size / superchunks.superchunk_size;
+  check.shape("superchunk_embedding", embedding, "[B, M // S // P, R, E]",
+              {s.batch, count, s.retrieval_heads, s.retrieval_dim});
+  check.shape("superchunk_sum", sum, "[B, R, E]", {s.batch, s.retrieval_heads, s.retrieval_dim});
+  check.dtype("superchunk_embedding", embedding, query_embedding.scalar_type(), "query_embedding");
+  check.exactly("superchunk_sum", sum, accumulation_type(query_embedding));
+  check.in_place("superchunk_embedding", embedding, query);
+  check.in_place("superchunk_sum", sum, query);
+}
+
 }  // namespace resona::ops

@@ -67,6 +67,18 @@ Shape check_decode(const char* op, const AttendArguments& a, const Tensor& query
                    const Tensor& context_embedding, int64_t top_k, const OptionalTensor& score_scale,
                    const DecodeCache& cache);
 
+// What a decode step with a search in two levels appends to besides.
+struct DecodeSuperchunks {
+  const Tensor& superchunk_embedding;
+  const Tensor& superchunk_sum;
+  int64_t superchunk_size;
+  std::optional<int64_t> probes;
+};
+
+// After check_decode, which gave the shape.
+void check_superchunks(const char* op, const Shape& s, const Tensor& query, const Tensor& query_embedding,
+                       const DecodeSuperchunks& superchunks);
+
 // Where values are looked at: every index must be -1 or a chunk wholly before its query.
 void check_index_values(const char* op, const Checked& checked, const Tensor& indices);
 

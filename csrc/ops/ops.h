@@ -53,6 +53,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_step(
     int64_t chunk_size, int64_t top_k, const OptionalTensor& score_scale, const OptionalTensor& sink,
     std::optional<double> scale);
 
+// The same with a search in two levels: superchunk_embedding and superchunk_sum are appended to as well.
+std::tuple<Tensor, Tensor, Tensor, Tensor> decode_step_two_level(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_embedding,
+    const Tensor& context_embedding, const Tensor& key_cache, const Tensor& value_cache,
+    const Tensor& chunk_embedding, const Tensor& open_sum, const Tensor& history, const Tensor& lengths,
+    const Tensor& superchunk_embedding, const Tensor& superchunk_sum, int64_t chunk_size, int64_t top_k,
+    int64_t superchunk_size, const OptionalTensor& score_scale, const OptionalTensor& sink,
+    std::optional<int64_t> probes, std::optional<double> scale);
+
 std::tuple<Tensor, Tensor, Tensor> prefix_linear_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
     const Tensor& prefix_value, const OptionalTensor& prefix_lengths, const OptionalTensor& mask,

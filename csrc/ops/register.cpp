@@ -35,6 +35,7 @@ void implement(Library& m) {
   m.impl("attend", TORCH_BOX(&resona::ops::attend));
   m.impl("fused_retrieve_attend", TORCH_BOX(&resona::ops::fused_retrieve_attend));
   m.impl("decode_step", TORCH_BOX(&resona::ops::decode_step));
+  m.impl("decode_step_two_level", TORCH_BOX(&resona::ops::decode_step_two_level));
   m.impl("prefix_linear_attention", TORCH_BOX(&resona::ops::prefix_linear_attention));
   m.impl("prefix_linear_attention_step", TORCH_BOX(&resona::ops::prefix_linear_attention_step));
   m.impl("_prefix_linear_attention_backward", TORCH_BOX(&resona::ops::prefix_linear_attention_backward));
@@ -74,6 +75,14 @@ STABLE_TORCH_LIBRARY(resona, m) {
       "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) chunk_embedding, Tensor(d!) open_sum, "
       "Tensor(e!) history, Tensor(f!) lengths, SymInt chunk_size, SymInt top_k, Tensor? score_scale=None, "
       "Tensor? sink=None, *, float? scale=None) "
+      "-> (Tensor out, Tensor lse, Tensor indices, Tensor scores)");
+  // The same, searched as retrieve_two_level does, which appends to superchunks [B, M // S // P, R, E] too
+  m.def(
+      "decode_step_two_level(Tensor query, Tensor key, Tensor value, Tensor query_embedding, "
+      "Tensor context_embedding, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) chunk_embedding, "
+      "Tensor(d!) open_sum, Tensor(e!) history, Tensor(f!) lengths, Tensor(g!) superchunk_embedding, "
+      "Tensor(h!) superchunk_sum, SymInt chunk_size, SymInt top_k, SymInt superchunk_size, "
+      "Tensor? score_scale=None, Tensor? sink=None, *, SymInt? probes=None, float? scale=None) "
       "-> (Tensor out, Tensor lse, Tensor indices, Tensor scores)");
 
   // -> out [B, T, H, V], state [n, H, F, V], normalizer [n, H, F]; F = 1 + f + f^2, n = B or packed sequences

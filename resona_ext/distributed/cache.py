@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._cache_checks import check_carry, check_piece, check_settings, refuse_gradients, require
-from .._cache_parts import Piece, fold_tokens
+from .._cache_parts import Piece
+from .._cache_superchunks import fold
 from ..functional import RetrieveAttendAux, _with_heads, attend, retrieve
 from .agreement import agree, check_device, checksum, number_of
 from .attention import DistributedAux, retrieve_attend
@@ -60,6 +61,7 @@ class ShardedChunkCache:
         batch, max_length, num_kv_heads, head_dim, retrieval_heads, retrieval_dim, chunk_size, dtype,
             embedding_dtype, carry_rows, carry_dim: as in `ChunkCache`; max_length of the whole.
         device: of all buffers; default the mesh's.
+        search: "exact". There is no other over the ranks of a mesh.
 
     Attributes:
         key, value: [B, own tokens and room, Hkv, D], chunk by chunk.
@@ -86,7 +88,11 @@ class ShardedChunkCache:
         embedding_dtype: torch.dtype | None = None,
         carry_rows: int = 0,
         carry_dim: int = 0,
+        search: str = "exact",
     ) -> None:
+        expected = '"exact", as nothing else is searched over several ranks'
+        require(search == "exact", "ShardedChunkCache", "search", expected, repr(search))
+        self.search = search
         is_line = mesh.ndim == 1
         require(is_line, "ShardedChunkCache", "mesh", 'one dimension, as mesh["context"]', mesh)
         self.mesh, self.group = mesh, mesh.get_group()
@@ -225,7 +231,7 @@ class ShardedChunkCache:
             setattr(self, name, own)
         self.chunk_embedding[:, : layout.chunks] = chunks
         begin = layout.length - tail.shape[1]
-        self.open_sum = fold_tokens(tail, begin, size, self.open_sum, self.chunk_embedding)
+        self.open_sum = fold(tail, begin, size, self.open_sum, self.chunk_embedding)
         self._keep_carry(last)
         self._length = layout.length
 
@@ -310,7 +316,7 @@ class ShardedChunkCache:
                 self.value[:, row : row + stop - at] = piece.value[:, part]
             at = stop
         context = piece.context_embedding
-        self.open_sum = fold_tokens(context, start, size, self.open_sum, self.chunk_embedding)
+        self.open_sum = fold(context, start, size, self.open_sum, self.chunk_embedding)
         if self.carry_rows:
             self._keep_carry(piece.carry)
         self._length = end

@@ -35,9 +35,10 @@ KINDS = {
     "prefix_key prefix_value dprefix_key dprefix_value",
     # [B, T, R, ..]
     Kind(0, 2, of_search=True): "query_embedding context_embedding chunk_embedding chunk_gradient "
-    "indices scores bias score_gradient chunks dquery_embedding dchunks dcontext_embedding history",
+    "indices scores bias score_gradient chunks dquery_embedding dchunks dcontext_embedding history "
+    "superchunk_embedding",
     Kind(0, 2, of_search=True, is_sum=True): "dbias",
-    Kind(0, 1, of_search=True): "open_sum",
+    Kind(0, 1, of_search=True): "open_sum superchunk_sum",
     # [n, H, ..]
     Kind(
         0, 1
@@ -58,6 +59,7 @@ RESULTS = {
     "attend": ("out", "lse"),
     "fused_retrieve_attend": ("out", "lse", "indices", "scores"),
     "decode_step": ("out", "lse", "indices", "scores"),
+    "decode_step_two_level": ("out", "lse", "indices", "scores"),
     "prefix_linear_attention": ("out", "state", "normalizer"),
     "prefix_linear_attention_step": ("out",),
     "_pool_chunks_backward": ("dcontext_embedding",),
