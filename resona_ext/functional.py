@@ -228,7 +228,8 @@ def retrieve_attend(
         bias = None
         if score_scale is not None:
             # Unused slots hold -inf, and score_scale * -inf would put NaN into its gradient.
-            bias = score_scale.unsqueeze(-1) * scores.masked_fill(indices < 0, 0.0)
+            used = scores.masked_fill(indices < 0, 0.0).to(score_scale.dtype)
+            bias = score_scale.unsqueeze(-1) * used
         attention = (indices, chunk_size, bias, sink, cu_seqlens)
         out, lse = resona.attend(query, key, value, *attention, **settings)
         aux = (lse, indices, scores)

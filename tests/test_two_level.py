@@ -253,6 +253,13 @@ class TestPython:
         for exact, got in zip(*results, strict=True):
             torch.testing.assert_close(got, exact)
 
+    def test_embeddings_of_another_dtype(self):
+        """Scores of float64 embeddings weigh float32 rows."""
+        p = Problem(score_scale=True, embedding_dtype=torch.float64)
+        sizes = {"search": "two_level", "superchunk_size": 2, "probes": 99}
+        out = resona_ext.retrieve_attend(**p.arguments(), **sizes)
+        torch.testing.assert_close(out, resona_ext.retrieve_attend(**p.arguments()))
+
     def test_retrieve_attend_attends_to_what_was_found(self):
         p = Problem(batch=1, queries=90, context=90, score_scale=True, chunk_size=2)
         sizes = {"search": "two_level", "superchunk_size": 4, "probes": 2}
