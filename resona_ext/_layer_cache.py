@@ -111,7 +111,14 @@ def check_cache(layer: Resona, cache: ChunkCache, x: Tensor, cu_seqlens: Tensor 
     require(layer.encoders.is_pooled, "cache", expected, "a cache")
     require(cache.batch == x.shape[0], "cache", f"of batch {x.shape[0]}", cache.batch)
     taps = max(layer.key_conv - 1, 0)
-    settings = {"num_kv_heads", "head_dim", "retrieval_heads", "retrieval_dim", "chunk_size", "search"}
+    settings = {
+        "num_kv_heads",
+        "head_dim",
+        "retrieval_heads",
+        "retrieval_dim",
+        "chunk_size",
+        "search",
+    }
     if layer.superchunk_size is not None:
         settings.add("superchunk_size")
     wanted = {name: getattr(layer, name) for name in sorted(settings)}

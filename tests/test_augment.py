@@ -155,7 +155,13 @@ def in_pieces(model, ids, cuts):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"key_conv": 2, "rope_base": 1e4}, {"eligibility": "inclusive"}, {"mix": "gate"}],
+    [
+        {},
+        {"key_conv": 2, "rope_base": 1e4},
+        {"eligibility": "inclusive"},
+        {"mix": "gate"},
+        {"search": "two_level", "superchunk_size": 2, "probes": 1, "chunk_size": 1},
+    ],
     ids=str,
 )
 def test_prefill_and_steps_equal_a_full_forward(settings):
@@ -176,14 +182,29 @@ def test_steps_of_the_other_families(kind):
     torch.testing.assert_close(got, logits(model, ids), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk_size", [4, 200])
-def test_the_cache_grows(chunk_size):
-    model, _ = augmented(layers=[0], key_conv=2, chunk_size=chunk_size)
+@pytest.mark.parametrize(
+    "settings",
+    [{"chunk_size": 4}, {"chunk_size": 200}, {"search": "two_level", "superchunk_size": 3}],
+    ids=str,
+)
+def test_the_cache_grows(settings):
+    model, _ = augmented(layers=[0], key_conv=2, **settings)
     ids = tokens(batch=1, length=300)
     got, cache = in_pieces(model, ids, [0, 250, 260, 300])
     torch.testing.assert_close(got, logits(model, ids), rtol=0, atol=1e-5)
     (chunks,) = cache.layers[-1].caches.values()
     assert chunks.get_seq_length() == 300 and chunks.max_length == 512
+
+
+def test_superchunks_grow_with_the_cache():
+    """Their size goes by the capacity where it is not given, and the larger cache forms them anew."""
+    model, _ = augmented(layers=[0], chunk_size=1, search="two_level", probes=1)
+    _, cache = in_pieces(model, tokens(batch=1, length=700), [0, 250, 260, 700])
+    (chunks,) = cache.layers[-1].caches.values()
+    size, _ = torch.ops.resona._plan_two_level(700, 1, 2, None, 1)
+    assert chunks.superchunk_size == size > torch.ops.resona._plan_two_level(256, 1, 2, None, 1)[0]
+    pooled = torch.ops.resona.pool_chunks(chunks.chunk_embedding[:, :700], size)
+    assert torch.equal(chunks.superchunks.embedding[:, : 700 // size], pooled)
 
 
 def test_a_reset_cache_starts_anew():

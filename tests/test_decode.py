@@ -1,4 +1,5 @@
-"""torch.ops.resona.decode_step as an operator: in place, without gradients, a citizen of torch."""
+"""torch.ops.resona.decode_step and decode_step_two_level as operators: in place, without gradients, citizens
+of torch. What they compute is in test_cache.py and test_cache_two_level.py."""
 
 from __future__ import annotations
 
@@ -9,7 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 ops = torch.ops.resona
 
 CACHE = ("key_cache", "value_cache", "chunk_embedding", "open_sum", "history", "lengths")
-B, H, HKV, D, R, E, S, K, M = 3, 4, 2, 8, 2, 5, 3, 2, 12
+UPPER = ("superchunk_embedding", "superchunk_sum")
+B, H, HKV, D, R, E, S, K, M, P = 3, 4, 2, 8, 2, 5, 3, 2, 12, 2
+
+
+@pytest.fixture(params=["decode_step", "decode_step_two_level"])
+def step(request):
+    return getattr(ops, request.param)
 
 
 def cache(batch: int = B) -> dict[str, torch.Tensor]:
@@ -23,7 +30,8 @@ def cache(batch: int = B) -> dict[str, torch.Tensor]:
     }
 
 
-def arguments(batch: int = B, **changes) -> dict:
+def arguments(step, batch: int = B, **changes) -> dict:
+    """In the order of the schema."""
     rows = {
         "query": torch.randn(batch, 1, H, D),
         "key": torch.randn(batch, 1, HKV, D),
@@ -31,8 +39,13 @@ def arguments(batch: int = B, **changes) -> dict:
         "query_embedding": torch.randn(batch, 1, R, E),
         "context_embedding": torch.randn(batch, 1, R, E),
     }
+    state, sizes, rest = cache(batch), {"chunk_size": S, "top_k": K}, {}
+    if step is ops.decode_step_two_level:
+        state["superchunk_embedding"] = torch.randn(batch, M // S // P, R, E)
+        state["superchunk_sum"] = torch.randn(batch, R, E)
+        sizes["superchunk_size"], rest["probes"] = P, 1
     extras = {"score_scale": torch.rand(R), "sink": torch.randn(H)}
-    return {**rows, **cache(batch), "chunk_size": S, "top_k": K, **extras, **changes}
+    return {**rows, **state, **sizes, **extras, **rest, **changes}
 
 
 def copied(a: dict) -> dict:
@@ -40,15 +53,15 @@ def copied(a: dict) -> dict:
 
 
 def assert_same_cache(a: dict, b: dict) -> None:
-    for name in CACHE:
+    for name in (name for name in (*CACHE, *UPPER) if name in a):
         assert torch.equal(a[name], b[name]), name
 
 
-def test_what_a_step_writes():
+def test_what_a_step_writes(step):
     """Sequence 0 opens a chunk, 1 closes one, 2 fills the cache; everything else stays."""
-    a = arguments()
+    a = arguments(step)
     before = copied(a)
-    ops.decode_step(**a)
+    step(**a)
     assert a["lengths"].tolist() == [1, 6, 12]
     for b, position in enumerate((0, 5, 11)):
         for name, new in (("key_cache", "key"), ("value_cache", "value")):
@@ -59,95 +72,106 @@ def test_what_a_step_writes():
         if b > 0:
             unit = ops.pool_chunks(total[None, None], 1)[0, 0]
             before["chunk_embedding"][b, position // S] = unit
+        if b > 0 and "superchunk_sum" in before:
+            total = before["superchunk_sum"][b] + unit
+            is_last = (position + 1) % (S * P) == 0
+            before["superchunk_sum"][b] = 0 if is_last else total
+            if is_last:
+                unit = ops.pool_chunks(total[None, None], 1)[0, 0]
+                before["superchunk_embedding"][b, position // (S * P)] = unit
     before["lengths"] += 1
     assert_same_cache(a, before)
 
 
-def test_a_full_sequence_changes_nothing_anywhere():
-    a = arguments()
+def test_a_full_sequence_changes_nothing_anywhere(step):
+    a = arguments(step)
     a["lengths"][1] = M
     before = copied(a)
     with pytest.raises(
         RuntimeError, match=r"lengths: expected 0 to M - 1 = 11, .* got 12 at \[1\]"
     ):
-        ops.decode_step(**a)
+        step(**a)
     assert_same_cache(a, before)
 
 
-def test_strided_arguments():
-    a = arguments()
+def test_strided_arguments(step):
+    a = arguments(step)
     twin = copied(a)
-    expected = ops.decode_step(**a)
+    expected = step(**a)
     for name in ("query", "key", "value", "query_embedding", "context_embedding"):
         twin[name] = twin[name].mT.contiguous().mT
     twin["query"] = twin["query"].expand(2, *twin["query"].shape)[0]
-    got = ops.decode_step(**twin)
+    got = step(**twin)
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
     assert_same_cache(a, twin)
 
 
-def test_no_sequences_and_no_history():
-    out, lse, indices, scores = ops.decode_step(**arguments(batch=0))
+def test_no_sequences_and_no_history(step):
+    out, lse, indices, scores = step(**arguments(step, batch=0))
     assert out.shape == (0, 1, H, D) and lse.shape == (0, 1, H)
     assert indices.shape == scores.shape == (0, 1, R, K)
-    a, b = arguments(), None
+    a, b = arguments(step), None
     b = copied(a)
     b["history"] = torch.zeros(B, 0, R, E)
-    for got, expected in zip(ops.decode_step(**b), ops.decode_step(**a), strict=True):
+    for got, expected in zip(step(**b), step(**a), strict=True):
         assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("name", ["query", "context_embedding", "key_cache", "sink"])
-def test_gradients_are_refused(name):
-    a = arguments()
+def test_gradients_are_refused(step, name):
+    a = arguments(step)
     a[name] = a[name].requires_grad_()
     before = copied(a)
-    text = f"resona::decode_step: {name}: expected no gradient, as the step has no backward"
+    text = f"resona::{step.__name__}: {name}: expected no gradient, as the step has no backward"
     with pytest.raises(RuntimeError, match=text):
-        ops.decode_step(**a)
+        step(**a)
     assert_same_cache(a, before)
     with torch.no_grad():
-        out = ops.decode_step(**a)[0]
+        out = step(**a)[0]
     assert not out.requires_grad
 
 
-def test_inference_mode():
-    a = arguments()
+def test_inference_mode(step):
+    a = arguments(step)
     twin = copied(a)
-    expected = ops.decode_step(**a)
+    expected = step(**a)
     with torch.inference_mode():
-        got = ops.decode_step(**twin)
+        got = step(**twin)
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
     assert_same_cache(a, twin)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    a = arguments()
+def test_opcheck(step, dtype):
+    a = arguments(step)
+    kept = ("open_sum", "superchunk_sum", "lengths", "score_scale", "sink")
     for name, t in a.items():
-        if isinstance(t, torch.Tensor) and name not in (
-            "open_sum",
-            "lengths",
-            "score_scale",
-            "sink",
-        ):
+        if isinstance(t, torch.Tensor) and name not in kept:
             a[name] = t.to(dtype)
-    torch.library.opcheck(ops.decode_step.default, (), a)
+    torch.library.opcheck(step.default, (), a)
 
 
-def test_flops():
+def test_flops(step):
+    *values, last = arguments(step).items()
+    keywords = dict([last])
+    if last[0] != "probes":
+        values, keywords = [*values, last], {}
     with FlopCounterMode(display=False) as counter:
-        ops.decode_step(*arguments().values())
-    search, attention = 2 * B * R * E * (M // S), 4 * B * H * D * K * S
-    assert counter.get_total_flops() == search + attention
+        step(*(value for _, value in values), **keywords)
+    scored, attention = M // S, 4 * B * H * D * K * S
+    if (
+        keywords
+    ):  # two centroids, and of four chunks those of one superchunk and of half an open one
+        scored = M // S // P + 1 * P + P // 2
+    assert counter.get_total_flops() == 2 * B * R * E * scored + attention
 
 
-def test_compiled_steps_write_in_place():
+def test_compiled_steps_write_in_place(step):
     def two_steps(a):
-        first = ops.decode_step(**a)[0]
-        return first, *ops.decode_step(**{**a, "query": first})
+        first = step(**a)[0]
+        return first, *step(**{**a, "query": first})
 
-    a = arguments()
+    a = arguments(step)
     a["lengths"].fill_(4)
     twin = copied(a)
     expected = two_steps(a)

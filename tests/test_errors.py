@@ -62,6 +62,12 @@ def decode(**changes):
     return ops.decode_step, {**arguments, **cache, "chunk_size": 4, "top_k": 3, **changes}
 
 
+def decode_two_level(**changes):
+    upper = dict(superchunk_embedding=zeros(2, 1, 2, 12), superchunk_sum=zeros(2, 2, 12))
+    arguments = {**decode()[1], **upper, "superchunk_size": 2}
+    return ops.decode_step_two_level, {**arguments, **changes}
+
+
 def packed(**changes):
     return ops.fused_retrieve_attend, Problem(lengths=[10, 20]).arguments(**changes)
 
@@ -153,6 +159,44 @@ SHAPES_AND_TYPES = [
     (retrieve_two_level, dict(top_k=-1), "top_k", "at least 1", "-1"),
     (retrieve_two_level, dict(superchunk_size=0), "superchunk_size", "at least 1", "0"),
     (retrieve_two_level, dict(probes=-2), "probes", "at least 1", "-2"),
+    (decode_two_level, dict(top_k=0), "top_k", "at least 1", "0"),
+    (decode_two_level, dict(superchunk_size=0), "superchunk_size", "at least 1", "0"),
+    (decode_two_level, dict(probes=0), "probes", "at least 1", "0"),
+    (
+        decode_two_level,
+        dict(superchunk_size=3),
+        "superchunk_embedding",
+        "shape [B, M // S // P, R, E] = [2, 0, 2, 12]",
+        "[2, 1, 2, 12]",
+    ),
+    (
+        decode_two_level,
+        dict(superchunk_embedding=zeros(2, 1, 2, 12, dtype=F16)),
+        "superchunk_embedding",
+        "dtype float32 like query_embedding",
+        "float16",
+    ),
+    (
+        decode_two_level,
+        dict(superchunk_sum=zeros(2, 1, 12)),
+        "superchunk_sum",
+        "shape [B, R, E] = [2, 2, 12]",
+        "[2, 1, 12]",
+    ),
+    (
+        decode_two_level,
+        dict(superchunk_sum=zeros(2, 2, 12, dtype=F64)),
+        "superchunk_sum",
+        "dtype float32",
+        "float64",
+    ),
+    (
+        decode_two_level,
+        dict(superchunk_sum=zeros(2, 12, 2).mT),
+        "superchunk_sum",
+        "a contiguous tensor, as it is written in place",
+        "strides [24, 1, 2]",
+    ),
     # dtypes
     (fused, dict(key=zeros(2, 61, 2, 16, dtype=F16)), "key", "dtype float32 like query", "float16"),
     (fused, dict(value=zeros(2, 61, 2, 16, dtype=F64)), "value", "dtype float32 like query", "float64"),

@@ -45,6 +45,42 @@ def test_pieces_and_steps_equal_one_forward(name):
     torch.testing.assert_close(c, layer(x, e), rtol=0, atol=1e-12)
 
 
+TWO_LEVEL = {"search": "two_level", "superchunk_size": 2, "probes": 1}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_two_level_pieces_and_steps_equal_one_forward(name):
+    layer = make(**copy.deepcopy(CASES[name]), **TWO_LEVEL)
+    x, e, y = inputs(length=40)
+    full = layer(x, e, y)
+    layer.probes = 99
+    assert not torch.allclose(layer(x, e, y), full)
+    layer.probes = 1
+    for split in range(0, 41, 4):
+        cache = layer.make_cache(2, 40)
+        out = in_pieces(layer, cache, [0, *range(split, 41)], x, e, y)
+        torch.testing.assert_close(out, full, rtol=0, atol=1e-12)
+    cache = layer.make_cache(2, 40)
+    c = in_pieces(layer, cache, [0, 2, 2, 19, 20, 40], x, e)
+    torch.testing.assert_close(c, layer(x, e), rtol=0, atol=1e-12)
+
+
+def test_two_level_sizes_of_a_cache():
+    """Without a size, that of a full forward as long as the cache; probes are the layer's of now."""
+    layer = make(top_k=40, chunk_size=1, search="two_level")
+    expected, _ = torch.ops.resona._plan_two_level(60_000, 1, 40)
+    assert expected != torch.ops.resona._plan_two_level(60_000, 1, 1)[0]
+    assert layer.make_cache(1, 60_000).superchunk_size == expected
+    layer.superchunk_size = 3
+    x, e, y = inputs(length=60)
+    cache = layer.make_cache(2, 60)
+    layer.probes = 99
+    in_pieces(layer, cache, [0, 50], x, e, y)
+    layer.probes = 2
+    out = in_pieces(layer, cache, [50, *range(50, 61)], *(t for t in (x, e, y)))
+    torch.testing.assert_close(out, layer(x, e, y)[:, 50:], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", [name for name in LAYOUT_CASES if name in POOLED])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_prompt_then_steps_equal_single_runs(name, side):
@@ -107,8 +143,9 @@ def test_bfloat16_under_autocast():
         torch.testing.assert_close(out, layer(x, e, y), rtol=0.02, atol=0.02)
 
 
-def test_compiled_steps():
-    layer = make(torch.float32, key_conv=2)
+@pytest.mark.parametrize("search", [{}, TWO_LEVEL], ids=["exact", "two_level"])
+def test_compiled_steps(search):
+    layer = make(torch.float32, key_conv=2, **search)
     x, e, y = inputs(dtype=torch.float32, length=LENGTH)
     full = layer(x, e, y)
     cache = layer.make_cache(2, LENGTH)
@@ -157,6 +194,13 @@ def cache_of(batch: int = 2, **settings) -> ChunkCache:
         ({}, {"cache": cache_of(chunk_size=4)}, "cache must be one of `make_cache` with {"),
         ({}, {"cache": cache_of(num_kv_heads=2)}, "cache must be one of `make_cache` with {"),
         ({}, {"cache": cache_of(key_conv=2)}, "cache must be one of `make_cache` with {"),
+        ({}, {"cache": cache_of(search="two_level")}, "cache must be one of `make_cache` with {"),
+        (TWO_LEVEL, {"cache": cache_of()}, "cache must be one of `make_cache` with {"),
+        (
+            TWO_LEVEL,
+            {"cache": cache_of(search="two_level", superchunk_size=3)},
+            "cache must be one of `make_cache` with {",
+        ),
         (
             {"encoder": last_token, "retrieval_dim": D_MODEL},
             {"cache": cache_of()},

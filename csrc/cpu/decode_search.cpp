@@ -3,7 +3,7 @@
 // A query alone has nothing to share a chunk with, so each chunk is read once and scored canonically; the
 // filter of the full search would cost more than it saves. In two levels the same is done twice:
 //
-//   centroids of the superchunks in the past -> the m best        nothing to do where there are no more than m
+//   centroids of the superchunks in the past -> the m best             unless there are no more than m
 //   the chunks of those, and of the open superchunk -> the k best
 #include "cpu/decode_search.h"
 
@@ -93,8 +93,7 @@ std::vector<Best<A>> search_ranges(const DecodeProblem& p, const MutableRows& ca
                                    const Executor& executor) {
   std::vector<Best<A>> parts(ranges.size(), Best<A>(slots));
   for_each_task(
-      executor, static_cast<int64_t>(ranges.size()),
-      [&] { return SearchScratch<A>(p.shape.retrieval_dim); },
+      executor, static_cast<int64_t>(ranges.size()), [&] { return SearchScratch<A>(p.shape.retrieval_dim); },
       [&](SearchScratch<A>& scratch, int64_t i) {
         const StageScope scope(Stage::kSearch);
         parts[i] = search_range(p, candidates, ranges[i], slots, scratch);

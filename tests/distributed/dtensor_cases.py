@@ -19,7 +19,14 @@ import resona_ext.distributed  # registers the sharding rules
 
 ops = torch.ops.resona
 SETTINGS = {"chunk_size": 4, "top_k": 3, "return_aux": True}
-HEADS = {"sink": 0, "score_scale": 0, "open_sum": 1, "state": 1, "normalizer": 1}
+HEADS = {
+    "sink": 0,
+    "score_scale": 0,
+    "open_sum": 1,
+    "superchunk_sum": 1,
+    "state": 1,
+    "normalizer": 1,
+}
 HEADS |= {"initial_state": 1, "initial_normalizer": 1}
 SEARCH = ("query_embedding", "context_embedding", "score_scale", "chunk_embedding", "open_sum")
 SEARCH += ("history",)
@@ -155,12 +162,24 @@ def _steps() -> dict[str, tuple]:
 
     written = ("key_cache", "value_cache", "chunk_embedding", "open_sum", "history", "lengths")
     settings = {"chunk_size": 3, "top_k": 2}
+    upper = {
+        "superchunk_embedding": torch.randn(2, 2, 2, 5),
+        "superchunk_sum": torch.randn(2, 2, 5),
+    }
+    two_level = settings | {"superchunk_size": 2, "probes": 1}
     step = {"query": row(2, 3), "key": row(2, 3), "value": row(2, 5)}
     step |= {"state": torch.rand(2, 2, 13, 5), "normalizer": 9 + torch.rand(2, 2, 13)}
     step |= {"mask": torch.tensor([[True], [False]])}
     return {
         "one selection": (ops.decode_step, decode(1), settings, written, 1),
         "two selections": (ops.decode_step, decode(2), settings, written, 2),
+        "two levels": (
+            ops.decode_step_two_level,
+            decode(2) | upper,
+            two_level,
+            (*written, *upper),
+            2,
+        ),
         "prefix": (ops.prefix_linear_attention_step, step, {}, ("state", "normalizer"), 1),
     }
 

@@ -282,6 +282,20 @@ MISTAKES = {
         ),
         "expected at most max_length = 15 tokens, got 16",
     ),
+    "a cache for a search in two levels": (
+        lambda layer, mesh, rank: make_layer({"search": "two_level"}).make_cache(1, 8, mesh=mesh),
+        'ShardedChunkCache: search: expected "exact", as nothing else is searched over several ranks',
+    ),
+    "an exact cache for a search in two levels": (
+        lambda layer, mesh, rank: _no_grad(
+            make_layer({"search": "two_level", "superchunk_size": 2}),
+            mesh,
+            rank,
+            lambda t, s: (t, s),
+            cache=layer.make_cache(1, 16, mesh=mesh),
+        ),
+        "cache must be one of `make_cache` with {",
+    ),
     "another number of new tokens": (
         lambda *a: _step(*a, lambda tensors: [t[:, :2] for t in tensors]),
         "expected as many tokens on every rank, got [3, 2]",

@@ -1,0 +1,496 @@
+"""The decode cache with a search in two levels, against one full forward with the same sizes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import ALL_DTYPES, Problem, embeddings, name_of
+from test_cache import (
+    ROWS,
+    SHAPES,
+    Model,
+    Text,
+    assert_unchanged,
+    make_cache,
+    ragged_pieces,
+    saved,
+    snapshot,
+)
+
+import resona_ext
+from resona_ext import ChunkCache, reference
+
+ops = torch.ops.resona
+EXTRAS = ("score_scale", "sink")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)
+
+
+def full_forward(tensors: dict, p: Problem, size: int | None, probes: int | None) -> tuple:
+    arguments = {name: tensors[name] for name in (*ROWS, *EXTRAS)}
+    out, aux = resona_ext.retrieve_attend(
+        **arguments,
+        chunk_size=p.chunk_size,
+        top_k=p.top_k,
+        search="two_level",
+        superchunk_size=size,
+        probes=probes,
+        return_aux=True,
+    )
+    return out, *aux
+
+
+def make(
+    length: int = 40,
+    contents: str | None = None,
+    size: int | None = 3,
+    probes: int | None = 2,
+    cache: dict | None = None,
+    **options,
+) -> Text:
+    p = Problem(queries=length, context=length, **options)
+    if contents is not None:
+        shape = (p.batch, length, p.retrieval_heads, p.retrieval_dim)
+        p.tensors["context_embedding"] = embeddings(contents, *shape, p.embedding_dtype or p.dtype)
+        p.tensors["query_embedding"] = p.tensors["context_embedding"].flip(1)
+    two_level = {"search": "two_level", "superchunk_size": size, "probes": probes}
+    full = full_forward(p.tensors, p, size, probes)
+    return Text(p, make_cache(p, **two_level, **(cache or {})), full)
+
+
+def assert_superchunks(cache: ChunkCache, p: Problem, counts: list[int]) -> None:
+    """What the cache holds are the bits of pooling the chunks of each sequence, and of their plain sum."""
+    upper, context = cache.superchunks, p.tensors["context_embedding"]
+    for b, count in enumerate(counts):
+        own = ops.pool_chunks(context[b : b + 1, :count], p.chunk_size)
+        pooled = reference.pool_chunks(own, upper.size)
+        assert torch.equal(upper.embedding[b : b + 1, : pooled.shape[1]], pooled)
+        total = torch.zeros_like(upper.sum[b])
+        for chunk in own[0, pooled.shape[1] * upper.size :]:
+            total += chunk
+        assert torch.equal(upper.sum[b], total)
+
+
+# --- A full forward equals its parts -------------------------------------------------------------
+
+
+def test_the_search_is_not_the_exact_one():
+    text = make()
+    exact = ops.fused_retrieve_attend(**text.p.arguments())
+    assert not torch.equal(text.full[2], exact[2])
+    assert torch.equal(text.full[2][:, :8], exact[2][:, :8])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 3), (4, 1), (5, 99), (99, 1)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prefill_to_every_split_point_then_steps(shape, sizes):
+    text = make(30, size=sizes[0], probes=sizes[1], **SHAPES[shape])
+    for split in range(0, 31, 3):
+        text.cache.reset()
+        text.prefill(0, split)
+        for token in range(split, 30):
+            text.step(token)
+        assert_superchunks(text.cache, text.p, [30, 30])
+
+
+@pytest.mark.parametrize("shape", ["S 1", "S 2", "S 3"])
+def test_prefill_in_three_pieces(shape):
+    text = make(21, **SHAPES[shape])
+    for cuts in itertools.combinations_with_replacement(range(0, 22, 2), 2):
+        text.cache.reset()
+        for begin, end in itertools.pairwise((0, *cuts, 21)):
+            text.prefill(begin, end)
+        assert_superchunks(text.cache, text.p, [21, 21])
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=name_of)
+@pytest.mark.parametrize("embedding_dtype", ALL_DTYPES, ids=name_of)
+def test_dtypes(dtype, embedding_dtype):
+    options = dict(score_scale=True, sink=True, retrieval_heads=2, chunk_size=2)
+    text = make(dtype=dtype, embedding_dtype=embedding_dtype, **options)
+    text.prefill(0, 13)
+    for token in range(13, 30):
+        text.step(token)
+    text.prefill(30, 40)
+    assert_superchunks(text.cache, text.p, [40, 40])
+
+
+@pytest.mark.parametrize("contents", ["repeated", "permuted", "zipf", "two_letters"])
+def test_ties(contents):
+    text = make(90, contents, chunk_size=2, dtype=torch.bfloat16, size=4)
+    text.prefill(0, 9)
+    for token in range(9, 90):
+        text.step(token)
+
+
+def test_against_the_reference():
+    """Without the operators of the full forward."""
+    text = make(60, "zipf", chunk_size=1, top_k=5, retrieval_heads=2)
+    a, sizes = text.p.tensors, {"superchunk_size": 3, "probes": 2}
+    chunks = reference.pool_chunks(a["context_embedding"], 1)
+    search = (a["query_embedding"], chunks, 1, 5, 60)
+    indices, scores = reference.retrieve_two_level(*search, **sizes)
+    out, lse = reference.attend(a["query"], a["key"], a["value"], indices, 1)
+    for token in range(60):
+        rows = slice(token, token + 1)
+        piece = text.piece(token, token + 1)
+        got, aux = text.cache.step(*piece, top_k=5, return_aux=True)
+        assert torch.equal(aux.indices, indices[:, rows])
+        assert torch.equal(aux.scores, scores[:, rows])
+        torch.testing.assert_close(got, out[:, rows])
+        torch.testing.assert_close(aux.lse, lse[:, rows])
+
+
+def test_nan_and_zero_embeddings():
+    p = Problem(queries=44, context=44, chunk_size=2, top_k=4)
+    p.tensors["context_embedding"][:, 4:12] = torch.nan
+    p.tensors["context_embedding"][:, 16:24] = 0
+    p.tensors["query_embedding"][:, 31] = 0
+    _, _, indices, scores = full_forward(p.tensors, p, 2, 3)
+    cache = make_cache(p, search="two_level", superchunk_size=2, probes=3)
+    for token in range(44):
+        piece = (p.tensors[name][:, token : token + 1] for name in ROWS)
+        _, aux = cache.step(*piece, top_k=4, return_aux=True)
+        assert torch.equal(aux.indices, indices[:, token : token + 1])
+        assert torch.equal(aux.scores.isnan(), scores[:, token : token + 1].isnan())
+
+
+@pytest.mark.parametrize("probes", [3, 150])
+def test_a_long_search_gives_the_same_with_any_number_of_threads(threads, probes):
+    p = Problem(batch=2, queries=1, context=30_000, retrieval_dim=128, chunk_size=1, top_k=5)
+    a = p.tensors
+    a["context_embedding"] = embeddings("zipf", 2, p.context, 1, 128, torch.float32)
+    cache = make_cache(p, search="two_level", superchunk_size=60, probes=probes)
+    state = make_cache(p).state_dict()
+    for name, t in (("key", a["key"]), ("value", a["value"])):
+        state[name] = t[:, :-1]
+    state["chunk_embedding"] = ops.pool_chunks(a["context_embedding"], 1)[:, :-1]
+    state["lengths"] = torch.full_like(state["lengths"], p.context - 1)
+    state["longest"] = p.context - 1
+    full = full_forward(a, p, 60, probes)
+    new = (a["query"], a["key"][:, -1:], a["value"][:, -1:], a["query_embedding"])
+    for count in (1, 3):
+        threads(count)
+        cache.load_state_dict(state)
+        out, aux = cache.step(*new, a["context_embedding"][:, -1:], top_k=5, return_aux=True)
+        for part, whole in zip((out, *aux), full, strict=True):
+            assert torch.equal(part, whole)
+
+
+def test_inclusive_prefill_sees_the_chunk_that_a_token_closes():
+    text = make(39, chunk_size=3, top_k=2, cache={"max_length": 40})
+    a, sizes = text.p.tensors, {"superchunk_size": 3, "probes": 2}
+    # One dummy token moves the queries, which are aligned at the end, on by one.
+    context = torch.nn.functional.pad(a["context_embedding"], (0, 0, 0, 0, 0, 1))
+    search = (a["query_embedding"], ops.pool_chunks(context, 3), 3, 2, 40)
+    expected = ops.retrieve_two_level(*search, **sizes)
+    for begin, end in ((0, 2), (2, 3), (3, 20), (20, 39)):
+        _, aux = text.cache.prefill(*text.piece(begin, end), **text.settings, inclusive=True)
+        assert torch.equal(aux.indices, expected[0][:, begin:end])
+        assert torch.equal(aux.scores, expected[1][:, begin:end])
+
+
+# --- Sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk_size", "sizes"),
+    [(262144, 2, {}), (262144, 16, {}), (1 << 20, 2, {"probes": 5}), (10, 64, {}), (0, 1, {})],
+)
+def test_superchunks_by_default_go_by_the_capacity(length, chunk_size, sizes):
+    layout = (1, length, 1, 1, 1, 1, chunk_size)
+    cache = ChunkCache(*layout, search="two_level", device="meta", **sizes)
+    expected, _ = ops._plan_two_level(length, chunk_size, 8, **sizes)
+    assert cache.superchunk_size == cache.superchunks.size == expected
+    assert cache.superchunks.embedding.shape[1] == length // chunk_size // expected
+
+
+def test_probes_of_one_call():
+    text = make()
+    wide = full_forward(text.p.tensors, text.p, 3, 99)
+    text.prefill(0, 20)
+    out, aux = text.cache.prefill(*text.piece(20, 30), **text.settings, probes=99)
+    for part, whole in zip((out, *aux), wide, strict=True):
+        assert torch.equal(part, whole[:, 20:30])
+    out, aux = text.cache.step(*text.piece(30, 31), **text.settings, probes=99)
+    for part, whole in zip((out, *aux), wide, strict=True):
+        assert torch.equal(part, whole[:, 30:31])
+    text.step(31)
+
+
+def test_probes_by_default_go_by_top_k():
+    """2 k, where that is above 16."""
+    text = make(200, chunk_size=1, size=2, probes=None, top_k=20, batch=1)
+    assert torch.equal(text.full[2], full_forward(text.p.tensors, text.p, 2, 40)[2])
+    assert not torch.equal(text.full[2], full_forward(text.p.tensors, text.p, 2, 16)[2])
+    text.prefill(0, 190)
+    for token in range(190, 200):
+        text.step(token)
+
+
+def test_fewer_slots_than_the_exact_search_where_fewer_chunks_are_searched():
+    text = make(64, chunk_size=1, size=4, probes=2, top_k=50)
+    for token in range(64):
+        text.step(token)
+    assert (text.full[2][0, 63, 0] >= 0).sum() == 2 * 4 + 3
+
+
+def test_an_exact_cache_is_as_it_was():
+    text = make()
+    plain = make_cache(text.p)
+    assert plain.superchunks is None and plain.superchunk_size is None
+    assert text.cache.state_dict().keys() == plain.state_dict().keys()
+    # B = 2, C = 10 chunks in three superchunks of three, R E = 12, float32.
+    assert text.cache.nbytes == plain.nbytes + 2 * 3 * 12 * 4 + 2 * 12 * 4
+
+
+# --- Ragged batches, beams, crops, saving --------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["right", "left"])
+def test_ragged_batch(how):
+    text = make(batch=5, chunk_size=2, score_scale=True, sink=True)
+    begins = [0] * 5
+    for counts in ([14, 14, 0, 17, 2], [3, 0, 15, 1, 1]):
+        mask = torch.zeros(5, 17, dtype=torch.long)
+        for b, count in enumerate(counts):
+            mask[b, 17 - count if how == "left" else 0 :][:count] = 1
+        pieces = ragged_pieces(text, counts, begins, 17, how)
+        out, aux = text.cache.prefill(*pieces, **text.settings, attention_mask=mask)
+        for b, (begin, count) in enumerate(zip(begins, counts, strict=True)):
+            own, first = slice(b, b + 1), 17 - count if how == "left" else 0
+            part = [t[own, first : first + count] for t in (out, *aux)]
+            text.expect((part[0], part[1:]), begin, begin + count, own)
+        begins = [b + n for b, n in zip(begins, counts, strict=True)]
+        assert_superchunks(text.cache, text.p, begins)
+    for _ in range(14):
+        pieces = ragged_pieces(text, [1] * 5, begins, 1, "right")
+        out, aux = text.cache.step(*pieces, **text.settings)
+        for b, begin in enumerate(begins):
+            own = slice(b, b + 1)
+            text.expect((out[own], [t[own] for t in aux]), begin, begin + 1, own)
+        begins = [b + 1 for b in begins]
+        assert_superchunks(text.cache, text.p, begins)
+
+
+def choose(text: Text, index: torch.Tensor) -> None:
+    for name in ROWS:
+        text.p.tensors[name] = text.p.tensors[name][index]
+    text.full = tuple(t[index] for t in text.full)
+
+
+def test_reorder():
+    text = make(batch=4, chunk_size=2)
+    text.prefill(0, 23)
+    buffers = [text.cache.superchunks.embedding, text.cache.superchunks.sum]
+    addresses = [t.data_ptr() for t in buffers]
+    beam = torch.tensor([2, 2, 0, 1])
+    text.cache.reorder(beam)
+    choose(text, beam)
+    assert_superchunks(text.cache, text.p, [23] * 4)
+    text.step(23)
+    text.prefill(24, 40)
+    text.cache.reset()
+    text.prefill(0, 40)
+    now = [text.cache.superchunks.embedding, text.cache.superchunks.sum]
+    assert [t.data_ptr() for t in now] == addresses
+
+
+def test_selected_and_repeated_sequences():
+    text = make(batch=3, chunk_size=2)
+    text.prefill(0, 23)
+    text.cache.batch_repeat_interleave(2)
+    text.cache.batch_select_indices(torch.tensor([5, 0, 2, 3]))
+    choose(text, torch.tensor([2, 0, 1, 1]))
+    assert_superchunks(text.cache, text.p, [23] * 4)
+    for token in range(23, 36):
+        text.step(token)
+
+
+@pytest.mark.parametrize("history", [None, 0])
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_crop_to_every_length(chunk_size, history):
+    text = make(37, chunk_size=chunk_size, cache={"history": history})
+    for keep in range(38):
+        text.cache.reset()
+        text.prefill(0, 30)
+        for token in range(30, 37):
+            text.step(token)
+        before = snapshot(text.cache)
+        sums = text.cache.superchunks.sum.clone()
+        try:
+            text.cache.crop(keep)
+        except ValueError:
+            assert keep % chunk_size
+            assert_unchanged(text.cache, before)
+            assert torch.equal(text.cache.superchunks.sum, sums)
+            continue
+        assert_superchunks(text.cache, text.p, [keep, keep])
+        for token in range(keep, min(keep + 7, 37)):
+            text.step(token)
+        text.prefill(min(keep + 7, 37), 37)
+
+
+def test_crop_per_sequence():
+    text = make(batch=3, chunk_size=2)
+    text.prefill(0, 38)
+    text.cache.crop([38, 14, 30])
+    assert_superchunks(text.cache, text.p, [38, 14, 30])
+    text.cache.crop(-2)
+    assert_superchunks(text.cache, text.p, [36, 12, 28])
+    text.cache.crop(0)
+    text.prefill(0, 40)
+
+
+@pytest.mark.parametrize("room", [0, 60])
+def test_save_and_load(room):
+    """A state is that of any cache: exact or in two levels, whatever the size of superchunks."""
+    text = make(chunk_size=2, batch=3)
+    text.prefill(0, 31)
+    text.cache.crop([31, 20, 6])
+    state = saved(text.cache)
+    assert state.keys() == make_cache(text.p).state_dict().keys()
+    text.cache = make_cache(
+        text.p, max_length=40 + room, search="two_level", superchunk_size=3, probes=2
+    )
+    text.cache.load_state_dict(state)
+    assert_superchunks(text.cache, text.p, [31, 20, 6])
+    exact = make_cache(text.p)
+    exact.load_state_dict(state)
+    other = make_cache(text.p, search="two_level", superchunk_size=4)
+    other.load_state_dict(saved(exact))
+    assert_superchunks(other, text.p, [31, 20, 6])
+    text.cache.crop(6)
+    for token in range(6, 40):
+        text.step(token)
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    text = make(chunk_size=2)
+    text.prefill(0, 31)
+    before, upper = snapshot(text.cache), text.cache.superchunks
+    kept = upper.embedding.clone(), upper.sum.clone()
+    with pytest.raises(ValueError, match="chunk_size: expected 2, got 3"):
+        text.cache.load_state_dict({**text.cache.state_dict(), "chunk_size": 3})
+    assert_unchanged(text.cache, before)
+    assert torch.equal(upper.embedding, kept[0]) and torch.equal(upper.sum, kept[1])
+
+
+class TwoLevelModel(Model):
+    def last(self, b: int, count: int) -> tuple:
+        if not count:
+            return ()
+        rows = [torch.stack(t).unsqueeze(0) for t in zip(*self.tokens[b], strict=True)]
+        rows[0], rows[3] = rows[0][:, -count:], rows[3][:, -count:]
+        extras = {name: self.p.tensors[name] for name in EXTRAS}
+        tensors = dict(zip(ROWS, rows, strict=True)) | extras
+        return full_forward(tensors, self.p, *self.sizes)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_sequence_of_operations(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    torch.manual_seed(draw(0, 2**20))
+    p = Problem(
+        batch=draw(1, 3),
+        queries=1,
+        context=60,
+        head_dim=4,
+        retrieval_dim=5,
+        chunk_size=data.draw(st.sampled_from([1, 2, 3])),
+        top_k=draw(1, 4),
+        score_scale=data.draw(st.booleans()),
+    )
+    model = TwoLevelModel(p)
+    model.sizes = (draw(1, 6), draw(1, 4))
+    two_level = {"search": "two_level", "superchunk_size": model.sizes[0]}
+    cache = make_cache(p, **two_level, probes=model.sizes[1])
+    text = Text(p, cache, ())
+    kinds = st.sampled_from(["step", "prefill", "prefill", "crop", "reorder", "select", "load"])
+    for kind in data.draw(st.lists(kinds, min_size=4, max_size=14)):
+        batch = cache.batch
+        if kind in ("step", "prefill"):
+            rows = 1 if kind == "step" else draw(0, 25)
+            counts = [1] * batch
+            if kind == "prefill":
+                counts = [draw(0, rows) for _ in range(batch)]
+            pieces = [torch.randn(batch, rows, *p.tensors[name].shape[2:]) for name in ROWS]
+            form = {} if kind == "step" else {"lengths": counts}
+            if max(len(t) + n for t, n in zip(model.tokens, counts, strict=True)) > 60:
+                with pytest.raises(ValueError, match="at most max_length = 60"):
+                    getattr(cache, kind)(*pieces, **text.settings, **form)
+                continue
+            out, aux = getattr(cache, kind)(*pieces, **text.settings, **form)
+            for b, expected in enumerate(model.append(pieces, counts)):
+                for part, whole in zip((out, *aux), expected, strict=False):
+                    assert torch.equal(part[b : b + 1, : counts[b]], whole)
+        elif kind == "crop":
+            keep = draw(-12, 60)
+            try:
+                cache.crop(keep)
+            except ValueError:
+                continue
+            for tokens in model.tokens:
+                del tokens[max(0, len(tokens) + keep) if keep < 0 else keep :]
+        elif kind == "load":
+            state = saved(cache)
+            cache = make_cache(p, batch=batch, **two_level, probes=model.sizes[1])
+            cache.load_state_dict(state)
+        else:
+            index = [draw(0, batch - 1) for _ in range(batch if kind == "reorder" else 2)]
+            move = cache.reorder if kind == "reorder" else cache.batch_select_indices
+            move(torch.tensor(index))
+            model.tokens = [list(model.tokens[i]) for i in index]
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(search="fast"), 'search: expected "exact" or "two_level", got \'fast\''),
+        (dict(search="exact"), 'superchunk_size: expected None with search="exact", got 3'),
+        (dict(superchunk_size=0), "superchunk_size: expected None or an int of at least 1, got 0"),
+        (dict(probes=1.5), "probes: expected None or an int of at least 1, got 1.5"),
+    ],
+)
+def test_bad_settings(changes, message):
+    two_level = {"search": "two_level", "superchunk_size": 3}
+    with pytest.raises(ValueError) as error:
+        ChunkCache(2, 10, 2, 4, 1, 4, 4, **(two_level | changes))
+    assert str(error.value) == f"ChunkCache: {message}"
+
+
+@pytest.mark.parametrize("method", ["prefill", "step"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_bad_probes(method, exact):
+    text = make()
+    cache = make_cache(text.p) if exact else text.cache
+    before = snapshot(cache)
+    expected = 'None with search="exact", got 7' if exact else "None or at least 1, got 0"
+    with pytest.raises(ValueError) as error:
+        getattr(cache, method)(*text.piece(0, 1), **text.settings, probes=7 if exact else 0)
+    assert str(error.value) == f"ChunkCache.{method}: probes: expected {expected}"
+    assert_unchanged(cache, before)
+
+
+def test_a_step_that_does_not_fit_changes_nothing():
+    text = make(chunk_size=1)
+    text.prefill(0, 7)
+    before, upper = snapshot(text.cache), text.cache.superchunks
+    kept = upper.embedding.clone(), upper.sum.clone()
+    piece = list(text.piece(7, 8))
+    piece[4] = piece[4].half()
+    with pytest.raises(RuntimeError, match="resona::decode_step_two_level: context_embedding: exp"):
+        text.cache.step(*piece, **text.settings)
+    assert_unchanged(text.cache, before)
+    assert torch.equal(upper.embedding, kept[0]) and torch.equal(upper.sum, kept[1])
