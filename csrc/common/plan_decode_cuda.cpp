@@ -1,6 +1,7 @@
 #include "common/plan_decode_cuda.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace resona {
 namespace {
@@ -10,19 +11,41 @@ constexpr int64_t kSlotBytes = 64 << 20;  // of slots that shared memory cannot 
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// As many chunks as a block stages at once, and more where that would make more blocks than are needed: each
-// range costs the second kernel k keys to read.
-void plan_search(CudaDecodePlan& plan, const Shape& s, const CudaDecodeFacts& f, const CudaDevice& device) {
-  const int64_t chunks = s.context / s.chunk_size, tile = size_of(f.embedding_dtype) == 2 ? 128 : 64;
-  const int64_t groups = saturated_product({s.batch, s.retrieval_heads});
+// As many rows as a block stages at once, and more where that would make more blocks than are needed: each
+// range costs the next kernel k keys to read.
+CudaDecodeRanges cut(int64_t rows, int64_t wanted, int64_t groups, DType dtype, const CudaDevice& device) {
+  const int64_t tile = size_of(dtype) == 2 ? 128 : 64;
   const int64_t blocks =
       std::max<int64_t>(1, device.tuning.decode_blocks * device.sms / std::max<int64_t>(1, groups));
-  plan.range = std::clamp(ceil_div(ceil_div(chunks, blocks), tile) * tile, tile, kDecodeMostRange);
-  plan.lists = ceil_div(chunks, plan.range);
+  CudaDecodeRanges r{};
+  r.range = std::clamp(ceil_div(ceil_div(rows, blocks), tile) * tile, tile, kDecodeMostRange);
+  r.lists = ceil_div(rows, r.range);
   // Choosing k of a range takes k rounds of the block; for many of few it is quicker to pass all on.
-  plan.kept = s.top_k <= plan.range / 4 ? s.top_k : plan.range;
+  r.kept = wanted <= r.range / 4 ? wanted : r.range;
+  return r;
+}
+
+void plan_search(CudaDecodePlan& plan, const Shape& s, const CudaDecodeFacts& f, const CudaDevice& device) {
+  const int64_t chunks = s.context / s.chunk_size, groups = saturated_product({s.batch, s.retrieval_heads});
+  const int64_t superchunks = f.superchunk_size > 0 ? chunks / f.superchunk_size : 0;
+  const auto ranges = [&](int64_t rows, int64_t wanted) {
+    return cut(rows, wanted, groups, f.embedding_dtype, device);
+  };
   plan.vector_chunks = f.vector_chunks;
-  plan.search_blocks = s.batch + saturated_product({groups, plan.lists});
+  plan.probes = superchunks > f.probes;
+  plan.superchunk_size = plan.probes ? f.superchunk_size : 1;
+  plan.probed = plan.probes ? f.probes : std::numeric_limits<int64_t>::max();
+  if (!plan.probes) {
+    plan.chunks = ranges(chunks, s.top_k);
+    plan.search_blocks = s.batch + saturated_product({groups, plan.chunks.lists});
+    return;
+  }
+  // The open superchunk lacks a chunk.
+  const int64_t searched = std::min(chunks, saturated_product({f.probes + 1, f.superchunk_size}) - 1);
+  plan.centroids = ranges(superchunks, f.probes);
+  plan.chunks = ranges(searched, s.top_k);
+  plan.search_blocks = s.batch + saturated_product({groups, plan.centroids.lists});
+  plan.refine_blocks = saturated_product({groups, plan.chunks.lists});
 }
 
 void choose_instance(CudaDecodePlan& plan, const Shape& s, const CudaDecodeFacts& f) {
@@ -76,6 +99,9 @@ CudaDecodePlan plan_decode_cuda(const Shape& s, const CudaDecodeFacts& f, const 
   plan.reason = plan.tensor_cores
                     ? "ranges of chunks scored canonically; heads of a group side by side on tensor cores"
                     : "ranges of chunks scored canonically; float32, or rows off 16-byte borders, in lanes";
+  if (plan.probes)
+    plan.reason = plan.tensor_cores ? "centroids first, then the chunks of the best; heads on tensor cores"
+                                    : "centroids first, then the chunks of the best; heads in lanes";
   Workspace counting;
   take_decode(plan, s, counting);
   plan.workspace_bytes = counting.bytes();
@@ -86,7 +112,11 @@ DecodeArrays take_decode(const CudaDecodePlan& plan, const Shape& s, Workspace& 
   DecodeArrays a{};
   a.positions = workspace.take<int32_t>(s.batch);
   a.tickets = workspace.take<uint32_t>(plan.rows);
-  a.keys = workspace.take<uint64_t>(saturated_product({s.batch, s.retrieval_heads, plan.lists, plan.kept}));
+  const auto take_keys = [&](const CudaDecodeRanges& r) {
+    return workspace.take<uint64_t>(saturated_product({s.batch, s.retrieval_heads, r.lists, r.kept}));
+  };
+  if (plan.probes) a.centroid_keys = take_keys(plan.centroids);
+  a.keys = take_keys(plan.chunks);
   if (plan.splits > 1)
     a.partials =
         workspace.take<float>(saturated_product({plan.attend_blocks(), decode_partial_floats(plan)}));

@@ -1,10 +1,11 @@
-// A decode step: two launches, chained by programmatic dependent launch and fit for a graph.
+// A decode step: two launches, or three, chained by programmatic dependent launch and fit for a graph.
 //
-//   decode_search_kernel              appends the tokens | scores the closed chunks
+//   decode_search_kernel              appends the tokens | scores the closed chunks, or the centroids
+//   decode_refine_kernel              after centroids: scores the chunks of the best
 //   decode_lanes_ / decode_mma_kernel selects, attends, counts the tokens
 //
-// Nothing waits for the host. Lengths are read where they lie, by both launches as they were before the step:
-// the second one gets them from the first, and writes the new ones.
+// Nothing waits for the host. Lengths are read where they lie, by all launches as they were before the step:
+// the others get them from the first, and the last one writes the new ones.
 #include "cuda/decode.h"
 
 #include <stdexcept>
@@ -12,6 +13,7 @@
 
 #include "cuda/attend_launch.cuh"
 #include "cuda/decode_attend.cuh"
+#include "cuda/decode_refine.cuh"
 #include "cuda/decode_search.cuh"
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
@@ -51,6 +53,23 @@ DecodeAppendParams<T> append_params(const DecodeProblem& p, const CudaDecodePlan
   a.chunks = rows_to_write<T>(p.chunks);
   a.open_sum = static_cast<float*>(p.open_sum);
   a.heads = s.retrieval_heads, a.dim = s.retrieval_dim, a.chunk_size = s.chunk_size;
+  if (!p.two_level()) return a;
+  a.superchunks = rows_to_write<T>(p.superchunks);
+  a.superchunk_sum = static_cast<float*>(p.superchunk_sum);
+  a.superchunk_size = p.superchunk_size;
+  return a;
+}
+
+template <class T>
+DecodeScoreParams<T> score_params(const DecodeProblem& p, const MutableRows& rows, bool vector,
+                                  const CudaDecodeRanges& ranges, uint64_t* keys) {
+  DecodeScoreParams<T> a{};
+  a.query = head_rows<T>(p.query_embedding);
+  a.rows = {static_cast<const T*>(rows.data), rows.batch_stride, rows.token_stride, rows.head_stride};
+  a.heads = p.shape.retrieval_heads, a.dim = p.shape.retrieval_dim;
+  a.range = ranges.range, a.lists = ranges.lists, a.kept = ranges.kept;
+  a.vector = vector;
+  a.keys = keys;
   return a;
 }
 
@@ -62,17 +81,30 @@ void search(const DecodeProblem& p, const CudaDecodePlan& plan, const DecodeArra
                 "plans count with these");
   DecodeSearchParams<T> k{};
   k.append = append_params<T>(p, plan);
-  k.query = head_rows<T>(p.query_embedding);
-  k.chunks = {static_cast<const T*>(p.chunks.data), p.chunks.batch_stride, p.chunks.token_stride,
-              p.chunks.head_stride};
+  k.score = plan.probes
+                ? score_params<T>(p, p.superchunks, plan.vector_chunks, plan.centroids, arrays.centroid_keys)
+                : score_params<T>(p, p.chunks, plan.vector_chunks, plan.chunks, arrays.keys);
+  k.span = p.shape.chunk_size * plan.superchunk_size;
   k.lengths = p.lengths;
   k.batch = p.shape.batch, k.capacity = p.shape.context;
-  k.range = plan.range, k.lists = plan.lists, k.kept = plan.kept;
-  k.vector = plan.vector_chunks;
-  k.positions = arrays.positions, k.keys = arrays.keys;
+  k.positions = arrays.positions;
   k.tickets = arrays.tickets, k.tickets_per_batch = k.batch == 0 ? 0 : plan.rows / k.batch;
   launch({"decode_search_kernel", {plan.search_blocks}, Config::kThreads, 0, true, plan.reason}, stream,
          decode_search_kernel<Config>, k);
+}
+
+template <class T>
+void refine(const DecodeProblem& p, const CudaDecodePlan& plan, const DecodeArrays& arrays, Stream stream) {
+  using Config = DecodeRefineConfig<T>;
+  DecodeRefineParams<T> k{};
+  k.score = score_params<T>(p, p.chunks, plan.vector_chunks, plan.chunks, arrays.keys);
+  k.chunk_size = p.shape.chunk_size;
+  k.superchunk_size = plan.superchunk_size, k.probes = plan.probed;
+  k.keys = arrays.centroid_keys;
+  k.range = plan.centroids.range, k.lists = plan.centroids.lists, k.kept = plan.centroids.kept;
+  k.positions = arrays.positions;
+  launch({"decode_refine_kernel", {plan.refine_blocks}, Config::kThreads, 0, true, plan.reason}, stream,
+         decode_refine_kernel<Config>, k);
 }
 
 // ---- attention
@@ -135,7 +167,8 @@ void attend(const DecodeProblem& p, const CudaDecodePlan& plan, const DecodeArra
   DecodeAttendParams<T> k{};
   k.attend = attend_params_of<T>(p, plan);
   k.keys = arrays.keys;
-  k.range = plan.range, k.lists = plan.lists, k.kept = plan.kept;
+  k.range = plan.chunks.range, k.lists = plan.chunks.lists, k.kept = plan.chunks.kept;
+  k.superchunk_size = plan.superchunk_size, k.probes = plan.probed;
   k.positions = arrays.positions, k.lengths = p.lengths;
   k.indices = p.indices, k.scores = static_cast<float*>(p.scores);
   k.tickets = arrays.tickets, k.partials = arrays.partials;
@@ -150,8 +183,10 @@ void attend(const DecodeProblem& p, const CudaDecodePlan& plan, const DecodeArra
 void decode_step(const DecodeProblem& p, const CudaDecodePlan& plan, void* memory, Stream stream) {
   Workspace workspace(memory);
   const DecodeArrays arrays = take_decode(plan, p.shape, workspace);
-  with_element(p.query_embedding.dtype,
-               [&](auto element) { search<decltype(element)>(p, plan, arrays, stream); });
+  with_element(p.query_embedding.dtype, [&](auto element) {
+    search<decltype(element)>(p, plan, arrays, stream);
+    if (plan.probes) refine<decltype(element)>(p, plan, arrays, stream);
+  });
   with_element(p.query.dtype, [&](auto element) { attend<decltype(element)>(p, plan, arrays, stream); });
 }
 

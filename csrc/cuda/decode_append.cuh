@@ -5,6 +5,7 @@
 //   embedding -> history, row p mod W
 //   embedding -> open sum                 8 lanes per retrieval head, lane e mod 8 as canonical sums want it
 //   last token of a chunk: norm of the sum, unit vector -> chunk embeddings, sum = 0
+//   in a search in two levels, that unit vector -> sum of the open superchunk, and so on
 //
 // Token by token the sum is that of pool.cuh, tokens in ascending order from zero, and so are norm and
 // division: a chunk that closes here has the bits that prefill would give it. Nothing that is written here is
@@ -37,6 +38,10 @@ struct DecodeAppendParams {
   HeadRows<T> history, chunks;                   // [B, W, R, E], [B, C, R, E]
   float* open_sum;                               // [B, R, E]
   int64_t history_rows, heads, dim, chunk_size;  // W, R, E, S
+  // Of a search in two levels, else null.
+  HeadRows<T> superchunks;  // [B, C / P, R, E]
+  float* superchunk_sum;    // [B, R, E]
+  int64_t superchunk_size;  // P
 };
 
 template <class Word>
@@ -61,29 +66,45 @@ __device__ __forceinline__ void keep_history(const DecodeAppendParams<T>& p, int
   }
 }
 
+// Adds a row to a sum, eight lanes side by side; the squares of the new one, of this lane.
+template <class T>
+__device__ __forceinline__ double add_row(float* sum, const T* row, int64_t dim) {
+  double squares = 0;
+#pragma unroll 4
+  for (int64_t e = threadIdx.x % canonical::kLanes; e < dim; e += canonical::kLanes) {
+    const float x = sum[e] + to_float(row[e]);
+    sum[e] = x;
+    squares += static_cast<double>(x) * static_cast<double>(x);
+  }
+  return squares;
+}
+
+// A whole sum becomes a unit vector, and zero.
+template <class T>
+__device__ __forceinline__ void close_sum(float* sum, double squares, T* unit, int64_t dim) {
+  const double norm = std::sqrt(fold_lanes(squares));
+  for (int64_t e = threadIdx.x % canonical::kLanes; e < dim; e += canonical::kLanes) {
+    from_float(canonical::unit(sum[e], norm), unit[e]);
+    sum[e] = 0;
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void fold_token(const DecodeAppendParams<T>& p, int64_t batch, int64_t position) {
-  const int lane = threadIdx.x % canonical::kLanes, group = threadIdx.x / canonical::kLanes;
-  const int groups = blockDim.x / canonical::kLanes;
+  const int group = threadIdx.x / canonical::kLanes, groups = blockDim.x / canonical::kLanes;
+  const int64_t chunk = position / p.chunk_size;
   const bool closes = (position + 1) % p.chunk_size == 0;
   for (int64_t first = 0; first < p.heads; first += groups) {
     const int64_t head = first + group, dim = head < p.heads ? p.dim : 0;  // idle lanes join the shuffles
-    float* sum = p.open_sum + (batch * p.heads + head) * p.dim;
-    const T* token = p.context.at(batch, 0, head);
-    double squares = 0;
-#pragma unroll 4
-    for (int64_t e = lane; e < dim; e += canonical::kLanes) {
-      const float x = sum[e] + to_float(token[e]);
-      sum[e] = x;
-      squares += static_cast<double>(x) * static_cast<double>(x);
-    }
+    const int64_t at = (batch * p.heads + head) * p.dim;
+    const double squares = add_row(p.open_sum + at, p.context.at(batch, 0, head), dim);
     if (!closes) continue;
-    const double norm = std::sqrt(fold_lanes(squares));
-    T* chunk = p.chunks.at(batch, position / p.chunk_size, head);
-    for (int64_t e = lane; e < dim; e += canonical::kLanes) {
-      from_float(canonical::unit(sum[e], norm), chunk[e]);
-      sum[e] = 0;
-    }
+    T* unit = p.chunks.at(batch, chunk, head);
+    close_sum(p.open_sum + at, squares, unit, dim);
+    if (p.superchunk_sum == nullptr) continue;
+    const double upper = add_row(p.superchunk_sum + at, unit, dim);  // a lane reads what it has written
+    if ((chunk + 1) % p.superchunk_size == 0)
+      close_sum(p.superchunk_sum + at, upper, p.superchunks.at(batch, chunk / p.superchunk_size, head), dim);
   }
 }
 

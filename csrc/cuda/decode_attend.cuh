@@ -28,16 +28,17 @@ namespace resona::cuda {
 template <class T>
 struct DecodeAttendParams {
   AttendParams<T> attend;  // T = 1, L = M; indices and bias are found here
-  const uint64_t* keys;    // [B, R, lists, kept]
+  const uint64_t* keys;    // [B, R, lists, kept] of the searched chunks
   int64_t range, lists, kept;
-  const int32_t* positions;  // [B], -1: no room
-  int32_t* lengths;          // [B]
-  int32_t* indices;          // [B, 1, R, k]
-  float* scores;             // [B, 1, R, k]
-  uint32_t* tickets;         // [rows], 0
-  float* partials;           // [rows, splits, floats of a partial]
-  int32_t* slots;            // [blocks, 2 slots], null: in shared memory
-  int64_t slot_count;        // min(k, C)
+  int64_t superchunk_size, probes;  // P, m; 1 and no end of them where all chunks are searched
+  const int32_t* positions;         // [B], -1: no room
+  int32_t* lengths;                 // [B]
+  int32_t* indices;                 // [B, 1, R, k]
+  float* scores;                    // [B, 1, R, k]
+  uint32_t* tickets;                // [rows], 0
+  float* partials;                  // [rows, splits, floats of a partial]
+  int32_t* slots;                   // [blocks, 2 slots], null: in shared memory
+  int64_t slot_count;               // min(k, C)
   int splits;
 };
 
@@ -52,7 +53,7 @@ struct DecodeAttendStorage {
 
 // What a row attends to. Indices and scores lie in the block's own memory.
 struct DecodeSelection {
-  int eligible, used;
+  int eligible, searched, used;
   const int32_t* indices;
   const float* scores;
 };
@@ -62,15 +63,16 @@ template <class T>
 __device__ __forceinline__ DecodeSelection count_slots(const DecodeAttendParams<T>& p, int64_t batch) {
   const int64_t position = p.positions[batch];
   const int64_t eligible = position < 0 ? 0 : canonical::eligible_chunks(position, p.attend.chunk_size);
-  const int64_t used = eligible < p.attend.top_k ? eligible : p.attend.top_k;
-  return {static_cast<int>(eligible), static_cast<int>(used), nullptr, nullptr};
+  const int64_t searched = canonical::searched_chunks(eligible, p.superchunk_size, p.probes);
+  const int64_t used = searched < p.attend.top_k ? searched : p.attend.top_k;
+  return {static_cast<int>(eligible), static_cast<int>(searched), static_cast<int>(used), nullptr, nullptr};
 }
 
 template <class T>
 __device__ __forceinline__ void select_slots(const DecodeAttendParams<T>& p, int64_t batch,
                                              int64_t retrieval_head, DecodeSelection& found,
                                              DecodeAttendStorage& storage) {
-  const int64_t lists = (found.eligible + p.range - 1) / p.range;
+  const int64_t lists = (found.searched + p.range - 1) / p.range;
   const uint64_t* keys = p.keys + (batch * p.attend.retrieval_heads + retrieval_head) * p.lists * p.kept;
   int32_t* slots = p.slots ? p.slots + blockIdx.x * 2 * p.slot_count : storage.slots;
   float* scores = reinterpret_cast<float*>(slots + p.slot_count);

@@ -72,9 +72,13 @@ class CudaBackend final : public Backend {
   void decode_step(const DecodeProblem& p) const override {
     const auto vector = [](int64_t dim, const auto&... rows) { return (rows_of_16_bytes(rows, dim) && ...); };
     const CudaDecodeFacts facts{
-        p.query.dtype, p.query_embedding.dtype,
+        p.query.dtype,
+        p.query_embedding.dtype,
         vector(p.shape.head_dim, p.query, p.key, p.value, p.key_cache, p.value_cache, p.out),
-        vector(p.shape.retrieval_dim, p.chunks)};
+        vector(p.shape.retrieval_dim, p.chunks) &&
+            (!p.two_level() || vector(p.shape.retrieval_dim, p.superchunks)),
+        p.superchunk_size,
+        p.probes};
     run(&cuda::decode_step, p, plan_decode_cuda(p.shape, facts, call_.device()));
   }
   void prefix_linear_attention(const PrefixProblem& p) const override {

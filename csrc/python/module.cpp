@@ -200,20 +200,25 @@ Stage search_stage(const resona::CudaSearchPlan& p) {
 }
 
 // One new token per sequence, in a cache of `context` tokens.
-Stage decode_stage(const resona::CudaDecodePlan& p) {
-  return {"decode",
-          p.kernel,
-          p.reason,
-          {{"range", p.range},
-           {"lists", p.lists},
-           {"kept", p.kept},
-           {"search_blocks", p.search_blocks},
-           {"dim", p.dim},
-           {"heads", p.heads},
-           {"vector", p.vector_rows},
-           {"splits", p.splits},
-           {"attend_blocks", p.attend_blocks()},
-           {"workspace_bytes", p.workspace_bytes}}};
+Stage decode_stage(const char* name, const resona::CudaDecodePlan& p) {
+  std::map<std::string, int64_t> parameters{{"range", p.chunks.range},
+                                            {"lists", p.chunks.lists},
+                                            {"kept", p.chunks.kept},
+                                            {"search_blocks", p.search_blocks},
+                                            {"dim", p.dim},
+                                            {"heads", p.heads},
+                                            {"vector", p.vector_rows},
+                                            {"splits", p.splits},
+                                            {"attend_blocks", p.attend_blocks()},
+                                            {"workspace_bytes", p.workspace_bytes}};
+  if (p.probes)
+    parameters.insert({{"superchunk_size", p.superchunk_size},
+                       {"probes", p.probed},
+                       {"centroid_range", p.centroids.range},
+                       {"centroid_lists", p.centroids.lists},
+                       {"centroids_kept", p.centroids.kept},
+                       {"refine_blocks", p.refine_blocks}});
+  return {name, p.kernel, p.reason, parameters};
 }
 
 // The fused call, its stages, and what else has CUDA kernels, for tensors as torch allocates them.
@@ -241,8 +246,11 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
   const resona::CudaRetrieveBackwardPlan backward = resona::plan_retrieve_backward_cuda(s, facts, device);
   const resona::CudaAttendBackwardPlan attend_backward =
       resona::plan_attend_backward_cuda(s, rows, row_facts, false, false, device);
-  const resona::CudaDecodePlan decode =
-      resona::plan_decode_cuda(s, {rows, embeddings, row_facts.vector_rows, vector_rows}, device);
+  resona::CudaDecodeFacts decode_facts{rows, embeddings, row_facts.vector_rows, vector_rows};
+  const resona::CudaDecodePlan decode = resona::plan_decode_cuda(s, decode_facts, device);
+  decode_facts.superchunk_size = two_level.plan.superchunk_size;
+  decode_facts.probes = two_level.plan.probes;
+  const resona::CudaDecodePlan decode_two_level = resona::plan_decode_cuda(s, decode_facts, device);
   return {
       {{"fused",
         fused.kernel,
@@ -270,7 +278,8 @@ PlanView cuda_plan(const resona::Shape& s, resona::DType rows, resona::DType emb
          {"segment_blocks", backward.segment_blocks},
          {"chunk_blocks", backward.chunk_blocks},
          {"workspace_bytes", backward.workspace_bytes}}},
-       decode_stage(decode)},
+       decode_stage("decode", decode),
+       decode_stage("decode_two_level", decode_two_level)},
       fused.workspace_bytes};
 }
 

@@ -1,4 +1,5 @@
-"""decode_step in the simulator, the plan and decode.cu as they are, against the CPU operator.
+"""decode_step in the simulator, the plan and decode.cu as they are, against the CPU operator. In two levels:
+test_simt_decode_two_level.py.
 
 What the search decides and what the cache holds has the very bits; outputs are near by the tolerance rule.
 """
@@ -21,7 +22,6 @@ from support import assert_no_worse, embeddings
 from resona_ext import reference
 
 ops = torch.ops.resona
-STATE = ("key_cache", "value_cache", "chunk_embedding", "open_sum", "history", "lengths")
 NEW = ("query", "key", "value", "query_embedding", "context_embedding")
 RESULTS = ("out", "lse", "indices", "scores")
 
@@ -52,6 +52,8 @@ class Decode:
     scale: float | None = None
     contents: str = "random"
     layout: str = "contiguous"  # of the new rows
+    superchunk_size: int = 0  # above 0: decode_step_two_level
+    probes: int = 1
     # What a cache of this size would not want by itself; 0: as the plan has it.
     range: int = 0
     splits: int = 0
@@ -84,8 +86,28 @@ class Decode:
         for b, length in enumerate(self.lengths):
             for name in ("key_cache", "value_cache"):
                 self.state[name][b, max(length, 0) :] = math.nan
+        if self.superchunk_size:
+            self.add_superchunks()
         self.pooled = pooled
         self.draw()
+
+    def add_superchunks(self) -> None:
+        size, chunks = self.superchunk_size, self.state["chunk_embedding"]
+        centroids = ops.pool_chunks(chunks.nan_to_num(), size)
+        sums = torch.zeros_like(self.state["open_sum"])
+        for b, length in enumerate(self.lengths):
+            closed = min(max(length, 0), self.capacity) // self.chunk_size
+            centroids[b, closed // size :] = math.nan
+            for chunk in range(closed // size * size, closed):
+                sums[b] += chunks[b, chunk]
+        self.state |= {"superchunk_embedding": centroids, "superchunk_sum": sums}
+
+    def operator(self, *tensors) -> tuple:
+        settings = {**self.extras, "scale": self.scale}
+        if not self.superchunk_size:
+            return ops.decode_step(*tensors, self.chunk_size, self.top_k, **settings)
+        sizes = (self.chunk_size, self.top_k, self.superchunk_size)
+        return ops.decode_step_two_level(*tensors, *sizes, **settings, probes=self.probes)
 
     def draw(self, position: int = 0) -> None:
         """New rows; the query is a token of the context, so that repeated contents tie."""
@@ -126,10 +148,8 @@ class Decode:
         own = {name: x[room].contiguous() for name, x in {**self.new, **state}.items()}
         for name in NEW:
             own[name] = own[name].contiguous()
-        found = ops.decode_step(
-            *own.values(), self.chunk_size, self.top_k, **self.extras, scale=self.scale
-        )
-        for name in STATE:
+        found = self.operator(*own.values())
+        for name in state:
             state[name][room] = own[name]
         for all_rows, part in zip(results, found, strict=True):
             all_rows[room] = part
@@ -156,6 +176,7 @@ class Decode:
         inputs |= {name: storage(x) for name, x in self.extras.items() if x is not None}
         fields = ("capacity", "heads", "kv_heads", "head_dim", "retrieval_heads", "retrieval_dim")
         fields += ("chunk_size", "top_k", "history_rows", "range", "splits", "own_slots", "sms")
+        fields += ("superchunk_size", "probes")
         scalars = {name: int(getattr(self, name)) for name in fields}
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         scalars |= {
@@ -169,15 +190,14 @@ class Decode:
             if x.dim() == 4:
                 axes = zip(("batch", "token", "head"), x.stride()[:3], strict=True)
                 scalars |= {f"{name}_{axis}_stride": stride for axis, stride in axes}
-        outputs = {name: storage(self.state[name]) for name in STATE}
-        facts = np.zeros(4, np.int64)
+        outputs = {name: storage(x) for name, x in self.state.items()}
+        facts = np.zeros(5, np.int64)
         harness.build("plain").run(
             "stage_decode_plan", inputs, {**outputs, "facts": facts}, **scalars
         )
-        self.path = facts.tolist()[1:]
-        kinds = dict.fromkeys(
-            ("chunk_embedding", "history"), name_of(self.embedding_dtype or self.dtype)
-        )
+        self.path, self.probes_centroids = facts.tolist()[1:4], bool(facts[4])
+        rows = ("chunk_embedding", "superchunk_embedding", "history")
+        kinds = dict.fromkeys(rows, name_of(self.embedding_dtype or self.dtype))
         kinds |= {name: name_of(self.dtype) for name in ("key_cache", "value_cache", "out")}
         return Case(
             name=f"decode {self.lengths} {scalars}",
@@ -202,7 +222,7 @@ class Decode:
             self.state = state
         # Of the results only the shapes; their values are compared below.
         arrays = dict(zip(RESULTS, (storage(x.clone()) for x in results), strict=True))
-        case.expected = {name: storage(state[name]) for name in STATE}
+        case.expected = {name: storage(x) for name, x in state.items()}
         case.expected |= {name: arrays[name] for name in ("indices", "scores")}
         case.workspace |= {name: arrays[name] for name in ("out", "lse")}
         got = case.check(sim, schedule)
@@ -453,11 +473,12 @@ def test_sanitizers(plain):
 
 
 SEARCH, ATTEND, SELECT = "decode_search.cuh", "decode_attend.cuh", "decode_select.cuh"
+SCORE = "decode_score.cuh"
 ORDER = r"race: |nobody has written|without griddepcontrol_wait|in flight"
 CHANGED = {
     "the search waits for the step before": (SEARCH, "ptx::griddepcontrol_wait();", ""),
-    "rows have landed": (SEARCH, "  ptx::cp_async_wait_all();\n", ""),
-    "keys are written": (SEARCH, "__syncthreads();  // all keys", "//"),
+    "rows have landed": (SCORE, "  ptx::cp_async_wait_all();\n", ""),
+    "keys are written": (SCORE, "__syncthreads();  // all keys", "//"),
     "tickets are zeroed": (SEARCH, "* p.tickets_per_batch + i] = 0", "* p.tickets_per_batch + i]"),
     "both rounds": (SELECT, "storage.largest[slot % 2]", "storage.largest[0]"),
     "attention waits for the search": (ATTEND, "ptx::griddepcontrol_wait();", ""),

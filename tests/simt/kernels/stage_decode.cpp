@@ -1,4 +1,5 @@
-// The CUDA side of `decode_step`, from the problem on: the plan and decode.cu itself, on arrays from Python.
+// The CUDA side of `decode_step` and `decode_step_two_level`, from the problem on: the plan and decode.cu
+// itself, on arrays from Python.
 #include "cuda/decode.cu"
 
 #include "common/plan_decode_cuda.cpp"
@@ -52,22 +53,37 @@ DecodeProblem problem_of(const simt::Arguments& a) {
                                : a.optional_array<uint16_t>("out"),
            row, row, s.head_dim, dtype};
   p.lse = a.optional_array<float>("lse");
+  p.superchunk_size = a.integer("superchunk_size"), p.probes = a.integer("probes");
+  if (!p.two_level()) return p;
+  p.superchunks = rows_of(a, "superchunk_embedding", embedding);
+  p.superchunk_sum = a.array<float>("superchunk_sum");
   return p;
 }
 
 // Other ranges and splits than the plan's, for tests whose caches are too small to want them.
 CudaDecodePlan plan_of(const simt::Arguments& a, const DecodeProblem& p) {
   const auto vector = [](int64_t dim, const auto&... rows) { return (rows_of_16_bytes(rows, dim) && ...); };
-  const CudaDecodeFacts facts{p.query.dtype, p.query_embedding.dtype,
+  const CudaDecodeFacts facts{p.query.dtype,
+                              p.query_embedding.dtype,
                               vector(p.shape.head_dim, p.query, p.key, p.value, p.key_cache, p.value_cache),
-                              vector(p.shape.retrieval_dim, p.chunks)};
+                              vector(p.shape.retrieval_dim, p.chunks),
+                              p.superchunk_size,
+                              p.probes};
   CudaDecodePlan plan = plan_decode_cuda(p.shape, facts, {a.integer("sms"), 90, 232448});
   if (a.integer("splits") > 0) plan.splits = a.integer("splits");
   if (a.integer("range") > 0) {
+    const auto cut = [&](CudaDecodeRanges& r, int64_t rows, int64_t wanted) {
+      r.range = a.integer("range"), r.lists = ceil_div(rows, r.range), r.kept = std::min(wanted, r.range);
+      return p.shape.batch * p.shape.retrieval_heads * r.lists;
+    };
     const int64_t chunks = p.shape.context / p.shape.chunk_size;
-    plan.range = a.integer("range"), plan.lists = ceil_div(chunks, plan.range);
-    plan.search_blocks = p.shape.batch * (1 + p.shape.retrieval_heads * plan.lists);
-    plan.kept = std::min(p.shape.top_k, plan.range);
+    if (plan.probes) {
+      plan.search_blocks = p.shape.batch + cut(plan.centroids, chunks / p.superchunk_size, p.probes);
+      const int64_t searched = std::min(chunks, (p.probes + 1) * p.superchunk_size - 1);
+      plan.refine_blocks = cut(plan.chunks, searched, p.shape.top_k);
+    } else {
+      plan.search_blocks = p.shape.batch + cut(plan.chunks, chunks, p.shape.top_k);
+    }
   }
   if (a.integer("own_slots")) plan.shared_slots = false;
   Workspace counting;
@@ -80,6 +96,7 @@ void run_plan(const simt::Arguments& a) {
   const CudaDecodePlan plan = plan_of(a, problem_of(a));
   int64_t* facts = a.array<int64_t>("facts");
   facts[0] = plan.workspace_bytes, facts[1] = plan.tensor_cores, facts[2] = plan.dim, facts[3] = plan.heads;
+  facts[4] = plan.probes;
 }
 
 void run(const simt::Arguments& a) {
