@@ -61,7 +61,11 @@ def load() -> dict:
     }
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     operators = ("pool_chunks", "retrieve", "attend", "fused_retrieve_attend", "decode_step")
-    operators += ("prefix_linear_attention", "prefix_linear_attention_step")
+    operators += (
+        "decode_step_two_level",
+        "prefix_linear_attention",
+        "prefix_linear_attention_step",
+    )
     facts["on_cuda"] = [name for name in operators if has_kernel(f"resona::{name}", "CUDA")]
     facts["problems"] = []
     if build["cuda"] == "none":

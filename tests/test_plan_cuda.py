@@ -47,6 +47,7 @@ def test_stages_in_order():
         "index",
         "retrieve_backward",
         "decode",
+        "decode_two_level",
     ]
 
 

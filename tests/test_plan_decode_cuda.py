@@ -24,9 +24,9 @@ PROBLEM = dict(
 )
 
 
-def decode(**changes):
+def decode(name="decode", **changes):
     stages = _C.plan(**{**PROBLEM, **changes}).stages
-    return next(stage for stage in stages if stage.name == "decode")
+    return next(stage for stage in stages if stage.name == name)
 
 
 def parameters(**changes):
@@ -60,6 +60,39 @@ def test_ranges(changes, expected):
     shape = {**PROBLEM, **changes}
     groups = shape["batch"] * shape["retrieval_heads"]
     assert p["search_blocks"] == shape["batch"] + groups * p["lists"]
+
+
+# changes -> centroids per block, ranges, keys passed on; the same for chunks of m superchunks and an open one
+TWO_LEVEL = [
+    (dict(), (128, 2, 16), (128, 3, 8)),  # 256 centroids of 16; 17 * 16 - 1 chunks
+    (dict(chunk_size=2), (128, 8, 16), (128, 17, 8)),  # 1,024 of 128
+    (dict(chunk_size=2, context=2**20), (128, 16, 16), (128, 34, 8)),  # 2,048 of 256
+    (dict(chunk_size=2, batch=16), (128, 8, 16), (256, 9, 8)),
+    (dict(chunk_size=2, dtype="float32"), (64, 16, 16), (64, 34, 8)),
+    (dict(chunk_size=2, top_k=64), (128, 32, 128), (128, 33, 128)),
+    (dict(batch=64, kv_heads=8, retrieval_heads=8), (256, 1, 16), (384, 1, 8)),
+]
+
+
+@pytest.mark.parametrize("changes, centroids, chunks", TWO_LEVEL)
+def test_ranges_in_two_levels(changes, centroids, chunks):
+    stage = decode("decode_two_level", **changes)
+    p = stage.parameters
+    assert stage.kernel == decode(**changes).kernel and stage.reason.startswith("centroids first")
+    names = ("centroid_range", "centroid_lists", "centroids_kept")
+    assert tuple(p[name] for name in names) == centroids
+    assert (p["range"], p["lists"], p["kept"]) == chunks
+    shape = {**PROBLEM, **changes}
+    groups = shape["batch"] * shape["retrieval_heads"]
+    assert p["search_blocks"] == shape["batch"] + groups * p["centroid_lists"]
+    assert p["refine_blocks"] == groups * p["lists"]
+
+
+def test_few_superchunks_are_the_exact_search():
+    """One launch less: a full cache has no more of them than a query may search."""
+    changes = dict(context=2**14)
+    exact, two_level = (decode(name, **changes) for name in ("decode", "decode_two_level"))
+    assert two_level.parameters == exact.parameters and two_level.reason == exact.reason
 
 
 # changes -> kernel, elements that a row is filled up to, heads at once, blocks that share the keys of a row
@@ -122,6 +155,7 @@ SIZES = dict(
 
 def test_every_legal_problem_has_a_plan():
     for values in itertools.product(*SIZES.values()):
-        p = parameters(**dict(zip(SIZES, values, strict=True)))
-        assert p["splits"] >= 1 and p["workspace_bytes"] >= 0
-        assert p["range"] % 64 == 0 and 1 <= p["kept"] <= p["range"]
+        stages = _C.plan(**{**PROBLEM, **dict(zip(SIZES, values, strict=True))}).stages
+        for p in (stage.parameters for stage in stages if stage.name.startswith("decode")):
+            assert p["splits"] >= 1 and p["workspace_bytes"] >= 0
+            assert p["range"] % 64 == 0 and 1 <= p["kept"] <= p["range"]

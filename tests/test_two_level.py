@@ -367,3 +367,26 @@ def test_the_benchmark(tmp_path, threads, capsys):
     )
     assert rows["random/3000/S16/bfloat16"]["recall"] == 1, "few superchunks: the same search"
     assert all(row["speedup"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("clock", [[], ["--threads", "1", "--processor-time"]], ids=["wall", "cpu"])
+def test_the_benchmark_of_steps(tmp_path, threads, clock):
+    from benchmarks.kernels import two_level
+
+    threads(1)
+    command = [
+        "--decode",
+        "--tokens",
+        "2000,4001",
+        "--retrieval-dim",
+        "16",
+        "--superchunk-size",
+        "8",
+    ]
+    command += ["--probes", "4", *clock, "--out", str(tmp_path / "r")]
+    assert two_level.main(command) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert list(rows) == [f"{n}/S{s}/bfloat16" for n in (2000, 4001) for s in (2, 16)]
+    for row in rows.values():
+        assert row["superchunk_size"] == 8 and row["probes"] == 4
+        assert row["speedup"] > 0 and row["two_level_microseconds"] > 0

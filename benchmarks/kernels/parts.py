@@ -32,6 +32,7 @@ KERNELS = {
     "attend_merge_": "merge",
     "decode_append_": "pool",
     "decode_search_": "search",
+    "decode_refine_": "search",  # of a step in two levels
     "decode_": "attention",
     "prefix_": "prefix attention",
     # gradients

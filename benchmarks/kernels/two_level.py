@@ -1,6 +1,7 @@
 """The two-level search against the exact one: what it finds and how long it takes, every token a query.
 
     python -m benchmarks.kernels.two_level --out benchmarks/results/two-level-cpu
+    python -m benchmarks.kernels.two_level --decode --out benchmarks/results/two-level-decode-cpu
 
 random       independent normal embeddings: no chunk says anything about its neighbours
 skewed       one embedding per word of 50,000, words drawn by Zipf's law: repeated text in random order
@@ -11,16 +12,19 @@ correlated   a direction that turns slowly, in passages of 4,096 tokens; half of
 
 recall       share of the exact search's chunks that were found, over all rows (resona_ext.search_recall)
 speedup      time of the exact search / time of two_level, from chunk embeddings to indices and scores
+--decode     steps of one token in a full cache instead: two_level_decode.py
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,11 +34,13 @@ from resona_ext import RetrieveResult, pool_chunks, retrieve
 from resona_ext.ops import resona
 from resona_ext.recall import shares_found
 
+from . import two_level_decode
 from .record import Record, header
 
 WORDS = 50_000
 PASSAGE = 4096
 NOISE = 0.5
+DECODE_TOKENS = "65536,262144,1048576"
 
 
 def random(tokens: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -80,12 +86,12 @@ def _timed(clock, function) -> tuple[float, RetrieveResult]:
     return clock() - begin, result
 
 
-def measure(kind: str, chunk_size: int, args: argparse.Namespace, clock) -> dict:
+def measure(kind: str, tokens: int, chunk_size: int, args: argparse.Namespace, clock) -> dict:
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    query, context = (t.to(dtype)[None] for t in CONTENTS[kind](args.tokens, args.retrieval_dim))
+    query, context = (t.to(dtype)[None] for t in CONTENTS[kind](tokens, args.retrieval_dim))
     chunks = pool_chunks(context, chunk_size)
-    settings = {"chunk_size": chunk_size, "top_k": args.top_k, "context_length": args.tokens}
+    settings = {"chunk_size": chunk_size, "top_k": args.top_k, "context_length": tokens}
     sizes = {"superchunk_size": args.superchunk_size, "probes": args.probes}
 
     def two_level() -> RetrieveResult:
@@ -95,10 +101,10 @@ def measure(kind: str, chunk_size: int, args: argparse.Namespace, clock) -> dict
     exact_seconds, exact = _timed(clock, lambda: retrieve(query, chunks, **settings))
     seconds, found = min((_timed(clock, two_level) for _ in range(2)), key=lambda pair: pair[0])
     recall, complete = shares_found(exact, found)
-    used = resona._plan_two_level(args.tokens, chunk_size, args.top_k, **sizes)
+    used = resona._plan_two_level(tokens, chunk_size, args.top_k, **sizes)
     return {
         "contents": kind,
-        "tokens": args.tokens,
+        "tokens": tokens,
         "chunk_size": chunk_size,
         "top_k": args.top_k,
         "retrieval_dim": args.retrieval_dim,
@@ -110,9 +116,24 @@ def measure(kind: str, chunk_size: int, args: argparse.Namespace, clock) -> dict
         "exact_seconds": round(exact_seconds, 3),
         "two_level_seconds": round(seconds, 3),
         "speedup": round(exact_seconds / seconds, 2),
-        "instruction_set": json.loads(resona._build_info())["cpu_isa"],
-        "method": "processor" if args.processor_time else "wall",
     }
+
+
+def rows(args: argparse.Namespace, clock) -> Iterator[dict]:
+    for tokens, chunk_size in itertools.product(args.tokens, args.chunk_sizes):
+        where = f"{tokens}/S{chunk_size}/{args.dtype}"
+        if args.decode:
+            yield {**two_level_decode.measure(tokens, chunk_size, args, clock), "id": where}
+            continue
+        for kind in args.contents.split(","):
+            yield {**measure(kind, tokens, chunk_size, args, clock), "id": f"{kind}/{where}"}
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+_numbers.__name__ = "numbers with commas"  # argparse prints it
 
 
 def main(argv: list[str]) -> int:
@@ -122,8 +143,9 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--tokens", type=int, default=262144)
-    add("--chunk-sizes", default="2,16", help="S, with commas (default: %(default)s)")
+    add("--tokens", type=_numbers, help=f"with commas (default: 262144; --decode: {DECODE_TOKENS})")
+    add("--chunk-sizes", type=_numbers, default="2,16", help="S (default: %(default)s)")
+    add("--decode", action="store_true", help="time steps of one token")
     add("--contents", default=",".join(CONTENTS), help="default: %(default)s")
     add("--top-k", type=int, default=8)
     add("--retrieval-dim", type=int, default=128)
@@ -141,16 +163,20 @@ def main(argv: list[str]) -> int:
     unknown = set(args.contents.split(",")) - set(CONTENTS)
     if unknown:
         parser.error(f"--contents: expected of {', '.join(CONTENTS)}, got {', '.join(unknown)}")
+    if args.tokens is None:
+        args.tokens = _numbers(DECODE_TOKENS) if args.decode else [262144]
     clock = time.process_time if args.processor_time else time.perf_counter
     result = Record(header([], "cpu"))
     result.header["command"] = "python -m benchmarks.kernels.two_level " + shlex.join(argv)
-    for chunk_size in map(int, args.chunk_sizes.split(",")):
-        for kind in args.contents.split(","):
-            row = measure(kind, chunk_size, args, clock)
-            row["id"] = f"{kind}/{args.tokens}/S{chunk_size}/{args.dtype}"
-            result.add(row)
-            print(f"{row['id']:36} recall {row['recall']:.4f}  {row['speedup']:6.2f} x", flush=True)
-            result.write(args.out)
+    common = {
+        "instruction_set": json.loads(resona._build_info())["cpu_isa"],
+        "method": "processor" if args.processor_time else "wall",
+    }
+    for row in rows(args, clock):
+        result.add(row | common)
+        recall = f"recall {row['recall']:.4f}  " if "recall" in row else ""
+        print(f"{row['id']:36} {recall}{row['speedup']:6.2f} x", flush=True)
+        result.write(args.out)
     result.complete = True
     result.write(args.out)
     return 0

@@ -1,4 +1,4 @@
-"""The decode step as gpu_operators.py wants it: it writes in place, so what it wrote counts as a result."""
+"""The decode steps as gpu_operators.py wants them: what they write in place counts as a result."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from gpu_operators import Arguments, Case
 
 ops = torch.ops.resona
+OPERATORS = ("decode_step", "decode_step_two_level")
 STATE = ("key_cache", "value_cache", "chunk_embedding", "open_sum", "history", "lengths")
 OUTPUTS = ("out", "lse", "indices", "scores", *STATE)
+UPPER = ("superchunk_embedding", "superchunk_sum")
+SUPERCHUNK, PROBES = 5, 3
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
 WRONG_LENGTHS: dict[str, Callable[[Tensor], Tensor]] = {
     "full": lambda n: torch.full_like(n, 1000),
@@ -48,6 +51,17 @@ def cases(case: type[Case]) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         sizes = dict(B=2, L=65536, R=1, E=128, S=64, k=8, H=8, Hkv=2, D=128)
         yield case("decode_step", "64k tokens", dtype, large=True, **sizes)
+
+    op = "decode_step_two_level"
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield case(op, "small", dtype, L=150, S=2, small=True)
+        yield case(op, "scored", dtype, L=500, S=2, k=30, R=1, Hkv=4, contents="zipf")
+    yield case(op, "few superchunks", L=90, S=8)
+    yield case(op, "shorter than a chunk", L=5, S=8, small=True)
+    yield case(op, "no batch", B=0)
+    yield case(op, "ties", torch.bfloat16, L=3000, S=1, k=20, contents="four_letters")
+    yield case(op, "rows of 33", torch.float16, L=300, S=1, E=33)
+    yield case(op, "64k tokens", torch.bfloat16, large=True, **(sizes | {"S": 2}))
 
 
 def make(case: Case, seed: int) -> Arguments:
@@ -82,16 +96,40 @@ def make(case: Case, seed: int) -> Arguments:
     }
 
 
-def run(*values) -> tuple[Tensor, ...]:
+def make_two_level(case: Case, seed: int) -> Arguments:
+    """The same cache, with what its chunks make of superchunks."""
+    a = make(case, seed)
+    chunks, sums = a["chunk_embedding"], torch.zeros_like(a["open_sum"])
+    for b, length in enumerate(a["lengths"].tolist()):
+        closed = length // case.S
+        for chunk in range(closed // SUPERCHUNK * SUPERCHUNK, closed):
+            sums[b] += chunks[b, chunk]
+    upper = dict(zip(UPPER, (ops.pool_chunks(chunks, SUPERCHUNK), sums), strict=True))
+    sizes = {name: a.pop(name) for name in ("chunk_size", "top_k")}
+    extras = {name: a.pop(name) for name in ("score_scale", "sink")}
+    return {**a, **upper, **sizes, "superchunk_size": SUPERCHUNK, **extras}
+
+
+def _run(op, state_count: int, settings: dict, *values) -> tuple[Tensor, ...]:
     """Results, and the state behind the step; the arguments stay as they are."""
-    new, state, rest = values[:5], values[5:11], values[11:]
+    new, state, rest = values[:5], values[5 : 5 + state_count], values[5 + state_count :]
     state = [t.clone(memory_format=torch.contiguous_format) for t in state]
-    return (*ops.decode_step(*new, *state, *rest), *state)
+    return (*op(*new, *state, *rest, **settings), *state)
+
+
+def run(*values) -> tuple[Tensor, ...]:
+    return _run(ops.decode_step, len(STATE), {}, *values)
+
+
+def run_two_level(*values) -> tuple[Tensor, ...]:
+    count, settings = len(STATE) + len(UPPER), {"probes": PROBES}
+    return _run(ops.decode_step_two_level, count, settings, *values)
 
 
 def attend(arguments: Arguments, indices: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Over what was retrieved, in the dtype of the arguments."""
-    query, _, _, _, _, key, value, *_, chunk_size, _, score_scale, sink = arguments.values()
+    names = ("query", "key_cache", "value_cache", "chunk_size", "score_scale", "sink")
+    query, key, value, chunk_size, score_scale, sink = (arguments[name] for name in names)
     bias = None
     if score_scale is not None:
         bias = scores.to(score_scale.dtype).masked_fill(indices < 0, 0) * score_scale[:, None]
@@ -100,17 +138,30 @@ def attend(arguments: Arguments, indices: Tensor, scores: Tensor) -> tuple[Tenso
 
 def expect(*values) -> tuple[Tensor, ...]:
     """The step in terms of the reference, sequence by sequence."""
-    names = ("query", "key", "value", "query_embedding", "context_embedding", *STATE)
-    names += ("chunk_size", "top_k", "score_scale", "sink")
+    return _expect(STATE, ("chunk_size", "top_k"), values)
+
+
+def expect_two_level(*values) -> tuple[Tensor, ...]:
+    return _expect((*STATE, *UPPER), ("chunk_size", "top_k", "superchunk_size"), values)
+
+
+def _expect(state: tuple, sizes: tuple, values: tuple) -> tuple[Tensor, ...]:
+    names = ("query", "key", "value", "query_embedding", "context_embedding", *state)
+    names += (*sizes, "score_scale", "sink")
     arguments = dict(zip(names, values, strict=True))
     a = {n: t.clone() if isinstance(t, Tensor) else t for n, t in arguments.items()}
-    size, top_k = a["chunk_size"], a["top_k"]
+    size, top_k, superchunk = a["chunk_size"], a["top_k"], a.get("superchunk_size")
     batch, _, heads, _ = a["query_embedding"].shape
     indices = torch.full((batch, 1, heads, top_k), -1, dtype=torch.int32)
     scores = torch.full(indices.shape, -math.inf)
     for b, length in enumerate(a["lengths"].tolist()):
         chunks = a["chunk_embedding"][b : b + 1, : (length + 1) // size]
-        found = reference.retrieve(a["query_embedding"][b : b + 1], chunks, size, top_k, length + 1)
+        where = (a["query_embedding"][b : b + 1], chunks, size, top_k, length + 1)
+        if superchunk is None:
+            found = reference.retrieve(*where)
+        else:
+            levels = {"superchunk_size": superchunk, "probes": PROBES}
+            found = reference.retrieve_two_level(*where, **levels)
         indices[b], scores[b] = found[0][0], found[1][0]
     out, lse = attend(arguments, indices, scores)
     for b, length in enumerate(a["lengths"].tolist()):
@@ -120,12 +171,25 @@ def expect(*values) -> tuple[Tensor, ...]:
         total = a["open_sum"][b] + token
         a["open_sum"][b] = total
         if (length + 1) % size == 0:
-            a["chunk_embedding"][b, length // size] = reference.pool_chunks(total[None, None], 1)[
-                0, 0
-            ]
-            a["open_sum"][b] = 0
+            _close(a, b, length // size, superchunk)
     a["lengths"] += 1
-    return (out, lse, indices, scores, *(a[name] for name in STATE))
+    return (out, lse, indices, scores, *(a[name] for name in state))
+
+
+def _unit(total: Tensor) -> Tensor:
+    return reference.pool_chunks(total[None, None], 1)[0, 0]
+
+
+def _close(a: Arguments, b: int, chunk: int, superchunk: int | None) -> None:
+    """The chunk's sum becomes its embedding, and goes on to the superchunk."""
+    a["chunk_embedding"][b, chunk] = _unit(a["open_sum"][b])
+    a["open_sum"][b] = 0
+    if superchunk is None:
+        return
+    a["superchunk_sum"][b] += a["chunk_embedding"][b, chunk]
+    if (chunk + 1) % superchunk == 0:
+        a["superchunk_embedding"][b, chunk // superchunk] = _unit(a["superchunk_sum"][b])
+        a["superchunk_sum"][b] = 0
 
 
 def truth(arguments: Arguments, expected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -137,7 +201,10 @@ def truth(arguments: Arguments, expected: tuple[Tensor, ...]) -> tuple[Tensor, T
 
 def _cache(case: Case, device: str, dtype: torch.dtype) -> ChunkCache:
     sizes = (case.B, case.L, case.Hkv, case.D, case.R, case.E, case.S)
-    return ChunkCache(*sizes, dtype=dtype, device=device, embedding_dtype=case.dtype)
+    search = {}
+    if case.op == "decode_step_two_level":
+        search = {"search": "two_level", "superchunk_size": 2, "probes": 1}
+    return ChunkCache(*sizes, dtype=dtype, device=device, embedding_dtype=case.dtype, **search)
 
 
 def _step(cache: ChunkCache, new: dict[str, Tensor], case: Case) -> tuple[Tensor, ...]:

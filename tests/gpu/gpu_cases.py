@@ -158,12 +158,14 @@ def jobs(device: str, small: bool = False) -> list[Job]:
         modes = ["gradient"]  # which contains the forward pass
     found = [Job(mode, case) for mode in modes for case in cases]
     sizes = dict(L=21, S=4, D=16)
-    for dtype in (BF16, F32):
-        found.append(Job("replays", Case("decode_step", "a cache", dtype, **sizes)))
-    plain = Case("decode_step", "plain")
-    found += [Job("wrong", plain, Wrong("lengths", *w)) for w in decode_cases.WRONG_LENGTHS.items()]
+    for op in decode_cases.OPERATORS:
+        for dtype in (BF16, F32):
+            found.append(Job("replays", Case(op, "a cache", dtype, **sizes)))
+        plain = Case(op, "plain")
+        wrong = decode_cases.WRONG_LENGTHS.items()
+        found += [Job("wrong", plain, Wrong("lengths", *w)) for w in wrong]
     for op in OPERATORS:
-        if op.endswith("_step"):
+        if op.endswith("_step") or op in decode_cases.OPERATORS:
             continue
         packed = Case(op, "packed", lengths=PACKED)
         found += [Job("wrong", packed, Wrong("cu_seqlens", *w)) for w in WRONG_BORDERS.items()]

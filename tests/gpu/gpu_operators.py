@@ -281,6 +281,14 @@ OPERATORS = {
         close=frozenset({"out", "lse"}),
         truth=decode_cases.truth,
     ),
+    "decode_step_two_level": Operator(
+        decode_cases.make_two_level,
+        decode_cases.run_two_level,
+        decode_cases.expect_two_level,
+        outputs=(*decode_cases.OUTPUTS, *decode_cases.UPPER),
+        close=frozenset({"out", "lse"}),
+        truth=decode_cases.truth,
+    ),
     "prefix_linear_attention": Operator(
         jrt_cases.make,
         ops.prefix_linear_attention,
