@@ -1,4 +1,4 @@
-"""The examples of docs/add-resona.md and docs/two-level.md run as they stand, one after another."""
+"""The examples of docs (add-resona.md, decode.md, two-level.md) run as they stand, one after another."""
 
 import re
 from pathlib import Path
@@ -31,3 +31,12 @@ def test_two_level(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "two-level.md").read_text(), re.S)
     exec(compile(example, "two-level.md", "exec"), {})
     assert "SearchRecall(recall=" in capsys.readouterr().out
+
+
+def test_decode(threads):
+    threads(1)
+    examples = re.findall(r"```python\n(.*?)```", (DOCS / "decode.md").read_text(), re.S)
+    names = {}
+    for i, example in enumerate(examples):
+        exec(compile(example, f"decode.md, example {i}", "exec"), names)
+    assert names["cache"].search == "two_level"
