@@ -222,6 +222,24 @@ def crop_targets(cache: ChunkCache, length: int | Sequence[int]) -> dict[int, Ta
     return targets
 
 
+def crop_to(cache: ChunkCache, targets: dict[int, Target]) -> None:
+    size, before = cache.chunk_size, cache.lengths.tolist()
+    sums, fewer_chunks = cache.open_sum.clone(), {}
+    for b, target in targets.items():
+        chunks = target.length // size
+        if chunks < before[b] // size:
+            fewer_chunks[b] = chunks
+        sums[b] = 0
+        for token in range(chunks * size, target.length):
+            sums[b] += cache.history[b, token % cache.history_rows]
+    cache.open_sum.copy_(sums)
+    if cache.superchunks is not None:
+        cache.superchunks.restore_sums(cache.chunk_embedding, fewer_chunks)
+    for b, target in targets.items():
+        cache.lengths[b] = target.length
+        cache.history_start[b] = target.history_start
+
+
 def _refuse_crop(
     method: str, cache: ChunkCache, b: int, keep: int, tokens: int, oldest: int
 ) -> NoReturn:

@@ -73,21 +73,21 @@ class Superchunks:
         """
         return fold(chunks, start, self.size, self.sum[rows], self.embedding[rows])
 
-    def restore(self, chunk_embedding: Tensor, counts: Tensor, longest: int) -> None:
-        """Form everything anew, from the first counts [B] chunks of each sequence, at most `longest`."""
+    def restore(self, chunk_embedding: Tensor, counts: list[int]) -> None:
+        """Form everything anew from the first counts[b] chunks of every sequence b."""
+        longest = max(counts, default=0)
         used = chunk_embedding[:, :longest]
         self.embedding[:, : longest // self.size] = resona.pool_chunks(used, self.size)
-        self.restore_sum(chunk_embedding, counts, longest)
+        self.restore_sums(chunk_embedding, dict(enumerate(counts)))
 
-    def restore_sum(self, chunk_embedding: Tensor, counts: Tensor, longest: int) -> None:
-        self.sum.zero_()
-        sequence = torch.arange(len(counts), device=counts.device)
-        first = counts // self.size * self.size
-        for i in range(min(self.size - 1, longest)):
-            at = first + i
-            row = chunk_embedding[sequence, at.clamp(max=longest - 1)]
-            more = self.sum + row
-            self.sum.copy_(more.where((at < counts).view(-1, 1, 1), self.sum))
+    def restore_sums(self, chunk_embedding: Tensor, counts: dict[int, int]) -> None:
+        """Form the sums of sequences b anew, which have counts[b] chunks; equal counts in one go."""
+        for count in set(counts.values()):
+            rows = [b for b, n in counts.items() if n == count]
+            total = self.sum.new_zeros(len(rows), *self.sum.shape[1:])
+            for chunk in chunk_embedding[rows, count // self.size * self.size : count].unbind(1):
+                total += chunk
+            self.sum[rows] = total
 
     def select(self, index: Tensor, in_place: bool) -> None:
         """Sequence b becomes what sequence index[b] was."""

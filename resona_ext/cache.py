@@ -22,7 +22,15 @@ from ._cache_checks import (
     refuse_gradients,
     require,
 )
-from ._cache_parts import Piece, Settings, append_and_attend, crop_targets, runs_of, spans_of
+from ._cache_parts import (
+    Piece,
+    Settings,
+    append_and_attend,
+    crop_targets,
+    crop_to,
+    runs_of,
+    spans_of,
+)
 from ._cache_superchunks import Superchunks
 from .functional import RetrieveAttendAux, _sizes_of, _with_heads
 from .ops import resona
@@ -320,19 +328,8 @@ class ChunkCache:
                 a multiple of chunk_size can be kept if there is no carry.
         """
         self.check()
-        targets = crop_targets(self, length)
-        sums = self.open_sum.clone()
-        for b, target in targets.items():
-            sums[b] = 0
-            for token in range(target.length // self.chunk_size * self.chunk_size, target.length):
-                sums[b] += self.history[b, token % self.history_rows]
-        self.open_sum.copy_(sums)
-        for b, target in targets.items():
-            self.lengths[b] = target.length
-            self.history_start[b] = target.history_start
+        crop_to(self, crop_targets(self, length))
         self._longest = max(self.lengths.tolist(), default=0)
-        if self.superchunks is not None:
-            self.superchunks.restore_sum(*self._closed())
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Sequence b becomes what sequence beam_idx[b] was: beam search. beam_idx is int [B]."""
@@ -373,11 +370,6 @@ class ChunkCache:
         for name in self._rows:
             yield name, getattr(self, name)
 
-    def _closed(self) -> tuple[Tensor, Tensor, int]:
-        """Chunk embeddings, how many of them each sequence has, and the most that one has."""
-        size = self.chunk_size
-        return self.chunk_embedding, self.lengths.long() // size, self._longest // size
-
     def _count_again(self) -> None:
         if self.device.type == "cpu":
             self._longest = max(self.lengths.tolist(), default=0)
@@ -406,7 +398,8 @@ class ChunkCache:
         for name, target in self._used():
             target.copy_(state[name])
         if self.superchunks is not None:
-            self.superchunks.restore(*self._closed())
+            counts = [n // self.chunk_size for n in self.lengths.tolist()]
+            self.superchunks.restore(self.chunk_embedding, counts)
 
     def __repr__(self) -> str:
         names = ("batch", "max_length", *self._settings[1:6], "dtype", "embedding_dtype", "device")
