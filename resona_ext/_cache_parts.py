@@ -201,7 +201,7 @@ class Target(NamedTuple):
     history_start: int
 
 
-def crop_targets(cache: ChunkCache, length: int | Sequence[int]) -> dict[int, Target]:
+def _crop_targets(cache: ChunkCache, length: int | Sequence[int]) -> dict[int, Target]:
     """The sequences that a crop shortens. Raises if one of them cannot be."""
     method = "ChunkCache.crop"
     wanted = [length] * cache.batch if isinstance(length, int) else list(length)
@@ -222,7 +222,9 @@ def crop_targets(cache: ChunkCache, length: int | Sequence[int]) -> dict[int, Ta
     return targets
 
 
-def crop_to(cache: ChunkCache, targets: dict[int, Target]) -> None:
+def crop_to(cache: ChunkCache, length: int | Sequence[int]) -> None:
+    """Everything of `ChunkCache.crop` but the count on the host."""
+    targets = _crop_targets(cache, length)
     size, before = cache.chunk_size, cache.lengths.tolist()
     sums, fewer_chunks = cache.open_sum.clone(), {}
     for b, target in targets.items():

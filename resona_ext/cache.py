@@ -22,15 +22,7 @@ from ._cache_checks import (
     refuse_gradients,
     require,
 )
-from ._cache_parts import (
-    Piece,
-    Settings,
-    append_and_attend,
-    crop_targets,
-    crop_to,
-    runs_of,
-    spans_of,
-)
+from ._cache_parts import Piece, Settings, append_and_attend, crop_to, runs_of, spans_of
 from ._cache_superchunks import Superchunks
 from .functional import RetrieveAttendAux, _sizes_of, _with_heads
 from .ops import resona
@@ -61,10 +53,9 @@ class ChunkCache:
         embedding_dtype: of query and context embeddings. Default dtype.
         carry_rows, carry_dim: the owner may hand in a row of carry_dim numbers (of `dtype`) with each
             token and read the last carry_rows of them back: the tail of a short convolution.
-        search, superchunk_size, probes: as in `retrieve`. With "two_level" the cache keeps the centroids
-            of superchunks too. superchunk_size is chosen by max_length if it is not given (and as for
-            top_k up to 8 if probes is not), and by its length in a full forward: give it where both have
-            to find the same. probes may also be given with each call.
+        search, superchunk_size, probes: as in `retrieve`. Where superchunk_size is not given, max_length
+            takes the place of L (and 8 that of top_k, if probes is not given either): give it where a
+            full forward has to find the same. probes may also be given with each call.
 
     Attributes:
         key, value: [B, M, Hkv, D].
@@ -276,10 +267,10 @@ class ChunkCache:
         return_aux: bool = False,
         probes: int | None = None,
     ) -> Tensor | tuple[Tensor, RetrieveAttendAux]:
-        """Append one token to each sequence and return its output: `torch.ops.resona.decode_step`.
+        """Append one token to each sequence and return its output: `torch.ops.resona.decode_step`, or
+        `decode_step_two_level`.
 
         Asks nothing of the device. Arguments as in `prefill` with T = 1, in tensors of [B, 1, ...].
-        A two-level search is `torch.ops.resona.decode_step_two_level`.
 
         Raises:
             ValueError: the longest sequence is full, or carry or probes do not fit.
@@ -328,7 +319,7 @@ class ChunkCache:
                 a multiple of chunk_size can be kept if there is no carry.
         """
         self.check()
-        crop_to(self, crop_targets(self, length))
+        crop_to(self, length)
         self._longest = max(self.lengths.tolist(), default=0)
 
     def reorder(self, beam_idx: Tensor) -> None:

@@ -259,8 +259,7 @@ class Resona(nn.Module):
         dtype and device: default those of the weights, or autocast's dtype inside of it. history: as
         in `ChunkCache`. mesh: the ranks that share the tokens; then a
         `resona_ext.distributed.ShardedChunkCache`, which has no history. A change of chunk_size, search
-        or superchunk_size needs another cache; top_k and probes may change at any time. Without a
-        superchunk_size the cache has that of a full forward over max_length tokens.
+        or superchunk_size (by default a full forward's over max_length tokens) needs another cache.
         """
         if mesh is not None:
             require(history is None, "history", "None with a mesh", history)
