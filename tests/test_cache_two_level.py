@@ -230,15 +230,23 @@ def test_probes_by_default_go_by_top_k():
     text = make(200, chunk_size=1, size=2, probes=None, top_k=20, batch=1)
     assert torch.equal(text.full[2], full_forward(text.p.tensors, text.p, 2, 40)[2])
     assert not torch.equal(text.full[2], full_forward(text.p.tensors, text.p, 2, 16)[2])
-    text.prefill(0, 190)
+    text.cache.prefill(*text.piece(0, 190), **text.settings)
     for token in range(190, 200):
-        text.step(token)
+        step_to_rounding(text, token)
+
+
+def step_to_rounding(text: Text, token: int) -> None:
+    """With many slots and tiny chunks a long forward attends chunk by chunk, a step query by query."""
+    out, aux = text.cache.step(*text.piece(token, token + 1), **text.settings)
+    whole = [t[:, token : token + 1] for t in text.full]
+    assert torch.equal(aux.indices, whole[2]) and torch.equal(aux.scores, whole[3])
+    torch.testing.assert_close((out, aux.lse), tuple(whole[:2]))
 
 
 def test_fewer_slots_than_the_exact_search_where_fewer_chunks_are_searched():
     text = make(64, chunk_size=1, size=4, probes=2, top_k=50)
     for token in range(64):
-        text.step(token)
+        step_to_rounding(text, token)
     assert (text.full[2][0, 63, 0] >= 0).sum() == 2 * 4 + 3
 
 
