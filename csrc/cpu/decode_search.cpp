@@ -62,10 +62,12 @@ void add_range(const DecodeProblem& p, int64_t row, int64_t begin, int64_t end, 
   for (; begin < end; begin += block) ranges.push_back({row, begin, std::min(begin + block, end)});
 }
 
+constexpr int64_t kScoredTogether = 8;
+
 template <class A>
 struct SearchScratch {
-  explicit SearchScratch(int64_t dim) : query(dim), candidate(dim) {}
-  Buffer<A> query, candidate;
+  explicit SearchScratch(int64_t dim) : query(dim), candidates(kScoredTogether * dim) {}
+  Buffer<A> query, candidates;
 };
 
 template <class A>
@@ -78,10 +80,15 @@ Best<A> search_range(const DecodeProblem& p, const MutableRows& candidates, cons
   kernel.load_row(query.dtype, query.at(batch, 0, head), s.query.data(), dim);
   const double norm = std::sqrt(kernel.canonical_dot(s.query.data(), s.query.data(), dim));
   Best<A> best(slots);
-  for (int64_t i = range.begin; i < range.end; ++i) {
-    kernel.load_row(candidates.dtype, candidates.at(batch, i, head), s.candidate.data(), dim);
-    const double dot = kernel.canonical_dot(s.query.data(), s.candidate.data(), dim);
-    best.insert(canonical::score<A>(dot, norm), static_cast<int32_t>(i));
+  for (int64_t first = range.begin; first < range.end; first += kScoredTogether) {
+    const int64_t together = std::min(kScoredTogether, range.end - first);
+    for (int64_t i = 0; i < together; ++i)
+      kernel.load_row(candidates.dtype, candidates.at(batch, first + i, head), s.candidates.data() + i * dim,
+                      dim);
+    double dots[kScoredTogether];
+    kernel.canonical_dots(s.query.data(), s.candidates.data(), together, dim, dots);
+    for (int64_t i = 0; i < together; ++i)
+      best.insert(canonical::score<A>(dots[i], norm), static_cast<int32_t>(first + i));
   }
   return best;
 }
