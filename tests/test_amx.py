@@ -29,7 +29,7 @@ def package(tmp_path_factory):
     folder = tmp_path_factory.mktemp("amx")
     build = ["cmake", "-S", ROOT, "-B", folder / "build", "-GNinja", "-DCMAKE_BUILD_TYPE=Release",
              "-DRESONA_USE_CUDA=0", "-DRESONA_PYBIND=0", f"-DPython3_EXECUTABLE={sys.executable}",
-             f"-DCMAKE_CXX_FLAGS=-include '{HEADER}' -O1 -Wno-unused"]  # fmt: skip
+             f"-DCMAKE_CXX_FLAGS=-include '{HEADER}' -Wno-unused"]  # fmt: skip
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for command in (build, ["ninja", "-C", folder / "build", "resona"]):
         done = subprocess.run(

@@ -20,14 +20,14 @@ PROBLEMS = {
     "everything": dict(heads=8, kv_heads=4, retrieval_heads=2, score_scale=True, sink=True),
     "packed": dict(lengths=[13, 0, 3, 40, 1, 22], score_scale=True, sink=True),
     "chunk of one": dict(chunk_size=1, top_k=5),
-    # Pairs are attended to query by query, eights chunk by chunk, whatever the dtype.
-    "everything, pairs": dict(
-        heads=8, kv_heads=4, retrieval_heads=2, score_scale=True, sink=True, chunk_size=2, top_k=5
+    # Chunks of one are attended to query by query, eights chunk by chunk, whatever the dtype on a CPU.
+    "everything, ones": dict(
+        heads=8, kv_heads=4, retrieval_heads=2, score_scale=True, sink=True, chunk_size=1, top_k=5
     ),
     "everything, eights": dict(
         heads=8, kv_heads=4, retrieval_heads=2, score_scale=True, sink=True, chunk_size=8
     ),
-    "packed pairs": dict(lengths=[13, 0, 3, 40, 1, 22], score_scale=True, sink=True, chunk_size=2),
+    "packed ones": dict(lengths=[13, 0, 3, 40, 1, 22], score_scale=True, sink=True, chunk_size=1),
     "packed eights": dict(lengths=[13, 0, 3, 40, 1, 22], score_scale=True, sink=True, chunk_size=8),
     "wide pairs": dict(head_dim=203, chunk_size=2),
     "many pairs": dict(batch=3, queries=300, context=310, chunk_size=2, retrieval_heads=2),
@@ -143,16 +143,22 @@ def attend_both(p, indices, bias=None, **options):
     return got
 
 
-def test_indices_in_any_order_give_the_same_rows():
-    p = Problem()
+# On a CPU chunks of one are attended to query by query.
+either_way = pytest.mark.parametrize("chunk_size", [4, 1])
+
+
+@either_way
+def test_indices_in_any_order_give_the_same_rows(chunk_size):
+    p = Problem(chunk_size=chunk_size)
     indices = selection(p)
     out, _ = attend_both(p, indices)
     flipped, _ = attend_both(p, indices.flip(-1))
     torch.testing.assert_close(out, flipped)
 
 
-def test_a_repeated_index_counts_each_time():
-    p = Problem(top_k=1, sink=True)
+@either_way
+def test_a_repeated_index_counts_each_time(chunk_size):
+    p = Problem(chunk_size=chunk_size, top_k=1, sink=True)
     once = selection(p)
     assert not torch.allclose(attend_both(p, once.repeat(1, 1, 1, 2))[0], attend_both(p, once)[0])
     two = torch.cat([once, once], dim=-1)
@@ -161,13 +167,15 @@ def test_a_repeated_index_counts_each_time():
 
 
 @pytest.mark.parametrize("scale", [None, 0.0, 0.3, -0.5, 20.0])
-def test_scale(scale):
-    p = Problem(chunk_size=5)
+@either_way
+def test_scale(scale, chunk_size):
+    p = Problem(chunk_size=chunk_size)
     attend_both(p, selection(p), scale=scale)
 
 
-def test_bias_of_unused_slots_is_ignored_and_minus_infinity_drops_the_chunk():
-    p = Problem(top_k=3)
+@either_way
+def test_bias_of_unused_slots_is_ignored_and_minus_infinity_drops_the_chunk(chunk_size):
+    p = Problem(chunk_size=chunk_size, top_k=3)
     indices = selection(p)
     bias = torch.randn(indices.shape)
     poisoned = torch.where(indices < 0, math.nan, bias)
@@ -178,8 +186,9 @@ def test_bias_of_unused_slots_is_ignored_and_minus_infinity_drops_the_chunk():
     assert all(map(torch.equal, attend_both(p, indices, dropped), attend_both(p, without, bias)))
 
 
-def test_rows_with_nothing_eligible():
-    p = Problem(sink=True)
+@either_way
+def test_rows_with_nothing_eligible(chunk_size):
+    p = Problem(chunk_size=chunk_size, sink=True)
     indices = torch.full((p.batch, p.queries, 1, 2), -1, dtype=torch.int32)
     out, lse = attend_both(p, indices)
     assert torch.count_nonzero(out) == 0
@@ -189,8 +198,9 @@ def test_rows_with_nothing_eligible():
     assert torch.count_nonzero(out) == 0 and lse.eq(-math.inf).all()
 
 
-def test_a_sink_of_minus_infinity_is_no_sink():
-    p = Problem(sink=True)
+@either_way
+def test_a_sink_of_minus_infinity_is_no_sink(chunk_size):
+    p = Problem(chunk_size=chunk_size, sink=True)
     indices = selection(p)
     p.tensors["sink"] = torch.full((p.heads,), -math.inf)
     with_sink = attend_both(p, indices)
@@ -200,14 +210,16 @@ def test_a_sink_of_minus_infinity_is_no_sink():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-def test_nan_and_infinity_reach_only_rows_that_read_them(where, bad):
-    p = Problem(batch=1, queries=61, context=61)
+@either_way
+def test_nan_and_infinity_reach_only_rows_that_read_them(where, bad, chunk_size):
+    p = Problem(batch=1, queries=61, context=61, chunk_size=chunk_size)
     p.tensors[where][0, 9, :, 0] = bad
     attend_both(p, selection(p))
 
 
-def test_large_logits_do_not_overflow():
-    p = Problem(dtype=torch.float32)
+@either_way
+def test_large_logits_do_not_overflow(chunk_size):
+    p = Problem(chunk_size=chunk_size, dtype=torch.float32)
     p.tensors["query"] *= 1e4
     p.tensors["key"] *= 1e4
     out, _ = attend_both(p, selection(p))
@@ -302,7 +314,10 @@ def test_gradients_under_a_large_common_bias(level, sink):
         assert_no_worse(f"d {name}", *grads, rounding=rounding)
 
 
-@pytest.mark.parametrize("case", ["everything", "packed", "several ranges"])
+@pytest.mark.parametrize(
+    "case",
+    ["everything", "packed", "several ranges", "everything, ones", "packed ones", "many pairs"],
+)
 def test_same_bits_for_any_number_of_threads(case, threads):
     results = []
     p = Problem(**PROBLEMS[case])
@@ -319,8 +334,9 @@ def test_same_bits_for_any_number_of_threads(case, threads):
         assert all(map(torch.equal, results[0], other))
 
 
-def test_rows_do_not_depend_on_the_batch_around_them():
-    p = Problem(batch=3, score_scale=True, sink=True)
+@either_way
+def test_rows_do_not_depend_on_the_batch_around_them(chunk_size):
+    p = Problem(chunk_size=chunk_size, batch=3, score_scale=True, sink=True)
     whole = ops.fused_retrieve_attend(**p.arguments())
     for b in range(3):
         one = {

@@ -85,11 +85,22 @@ def test_chunks_of_a_few_tokens_are_attended_to_query_by_query(shape, by_query, 
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16])
-def test_query_by_query_there_is_work_for_every_thread(threads):
-    tiny = dict(chunk_size=2, top_k=1, threads=threads)
-    assert 16384 / stages(**tiny)["attend"].parameters["query_block"] >= threads
-    few = stages(**tiny, queries=1, context=4096, heads=32, kv_heads=32)["attend"]
-    assert few.kernel == "query_stationary"  # then each head is a task
+@pytest.mark.parametrize("queries, heads_per_task", [(16384, 16), (1, 1)])
+def test_query_by_query_there_is_work_for_every_thread(queries, heads_per_task, threads):
+    """Heads that share a selection go together, unless that leaves threads without work."""
+    attend = stages(queries=queries, context=16384, chunk_size=2, top_k=1, threads=threads,
+                    heads=32, kv_heads=32, retrieval_heads=2)["attend"]  # fmt: skip
+    assert attend.parameters["heads_per_task"] == heads_per_task
+    blocks = -(-queries // attend.parameters["query_block"])
+    assert blocks * 32 / heads_per_task >= threads
+
+
+def test_query_by_query_takes_little_scratch():
+    tiny = dict(dtype="float32", chunk_size=2, queries=2**20, context=2**20)
+    by_query, by_chunk = plan(**tiny, top_k=1), plan(**tiny, top_k=32)
+    assert by_query.stages[-1].kernel == "query_stationary"
+    assert by_chunk.stages[-1].kernel == "chunk_stationary"
+    assert by_query.workspace_bytes < by_chunk.workspace_bytes
 
 
 def test_packed_keys_and_values_stay_where_heads_balance_and_there_is_room():

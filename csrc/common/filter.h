@@ -11,8 +11,8 @@
 //             fp32: at most 6 errors of 2 u A for 4 products, 3 n u A in all. Taken as 4 n u.
 //   3xTF32    x = high + low + rest with |rest| <= 2^-22 |x| and |low| <= 2^-11 |x|: the products left out
 //             are below 12 u A. Three sums of n products, as above: 9 n u A and a little. Taken as 10 n u.
-//   bf16 tile (AMX) fused multiply-adds and sums in fp32, each rounded to nearest (Intel SDM, TDPBF16PS): as
-//   fp32.
+//   bf16 tile (AMX, and VDPBF16PS on vectors) fused multiply-adds and sums in fp32, each rounded to nearest
+//             (Intel SDM, TDPBF16PS; AMD's may round less often): as fp32.
 //             Factors that are not bfloat16 are rounded to it, by 2^-9 each: (1 + 2^-9)^2 - 1 < 0x1.01p-8
 //             more. Denormal factors and results count as zero, which is `absolute`.
 // `absolute` covers products that underflow, for factors in the range of in_filter_range.

@@ -52,8 +52,8 @@ int64_t kept_tiles(const Shape& s, int64_t key_tile, const Device& device) {
 
 // Chunks of a few tokens meet a few rows: reading them for each costs less than to pack them, to carry
 // accumulators from chunk to chunk, and to multiply by padding. Measured with 4,096 tokens and 16 heads of
-// 128: (S, k) = (2, 1) takes 0.5 of the time, (2, 8) 0.6, (4, 4) 0.8 in 16 bits and 1.1 in float32, (8,
-// 2) 1.2.
+// 128, in 16 bits and in float32: S 2 with k 8 takes 0.55 and 0.6 of the time, S 4 with k 4 takes 0.8
+// and 1.1, S 8 with k 2 takes 1.2 and 1.1.
 constexpr int64_t kFewRows = 16, kShortRowBytes = 8;
 
 bool meets_few_rows(const Shape& s, DType dtype) {
@@ -126,15 +126,15 @@ AttendPlan plan_attend(const Shape& s, DType dtype, const Device& device) {
   plan.query_range = std::clamp<int64_t>(std::max(wanted, least), 64, std::min(affordable, fair));
   if (s.queries <= plan.query_range) plan.kept_tiles = 0;  // nothing comes back
   plan.by_query = meets_few_rows(s, dtype);
-  plan.heads_together =
+  const int64_t kv_heads = std::max<int64_t>(1, s.kv_heads);
+  const bool balances =
       s.batch * s.retrieval_heads * ceil_div(s.queries, 64) >= device.threads * kTasksPerThread;
-  plan.query_block =
-      balanced(s.queries, s.batch * (plan.heads_together ? s.retrieval_heads : s.kv_heads), 16, 256, device);
+  plan.heads_per_task = balances ? kv_heads / std::max<int64_t>(1, s.retrieval_heads) : 1;
+  plan.query_block = balanced(s.queries, s.batch * kv_heads / plan.heads_per_task, 16, 256, device);
   if (plan.by_query) {
     plan.kernel = "query_stationary";
     plan.reason =
-        "a chunk meets too few queries to be packed for them: each reads the keys and values that it "
-        "selected";
+        "a chunk meets too few queries to be packed: each reads the keys and values that it selected";
   }
   plan.list_chunks = balanced(chunks, s.batch * s.kv_heads, 1, 64, device);
   return plan;
@@ -147,9 +147,11 @@ Plan make_plan(const Shape& s, DType dtype, DType embedding_dtype, const Device&
   const int64_t search = (3 * plan.search.query_block + 4 * plan.search.chunk_block) * embedding * width +
                          plan.search.query_block * (kQueryBytes + slots_of(s) * kSlotBytes);
   const AttendPlan& a = plan.attend;
-  const int64_t attend = a.query_range * (group * (dim + 2) * width + slots_of(s) * kListEntryBytes) +
-                         (2 * a.key_tile + 2 * a.row_tile) * dim * width + a.row_tile * a.key_tile * width +
-                         (a.kept_tiles > 0 ? kept_bytes(s, a.key_tile, a.kept_tiles) : 0);
+  const int64_t by_chunk = a.query_range * (group * (dim + 2) * width + slots_of(s) * kListEntryBytes) +
+                           (2 * a.key_tile + 2 * a.row_tile) * dim * width + a.row_tile * a.key_tile * width +
+                           (a.kept_tiles > 0 ? kept_bytes(s, a.key_tile, a.kept_tiles) : 0);
+  const int64_t by_query = slots_of(s) * (kSlotBytes + chunk_size_of(s) * width) + (2 * dim + 16) * width;
+  const int64_t attend = a.by_query ? by_query : by_chunk;
   const int64_t chunk_tensor =
       s.batch * (s.context / s.chunk_size) * s.retrieval_heads * s.retrieval_dim * size_of(embedding_dtype);
   plan.workspace_bytes = device.threads * std::max(search, attend) + chunk_tensor;

@@ -30,15 +30,15 @@ struct SearchPlan {
 struct AttendPlan {
   const char* kernel;
   const char* reason;
-  int64_t query_range;  // queries per task; its accumulators live in the task's scratch
-  int64_t row_tile;     // gathered query rows per tile
-  int64_t key_tile;     // keys per tile
-  int64_t kept_tiles;   // forward: key tiles of a head that stay packed for all its queries; 0: none do
-  int64_t list_chunks;  // backward: chunks per task
-  bool tiles;           // products of bfloat16 on matrix tiles; else in the accumulation type
-  bool by_query;        // forward: keys and values are read for each query, no lists
-  int64_t query_block;  // then: queries per task
-  bool heads_together;  // then: a task has all heads that share a selection
+  int64_t query_range;     // queries per task; its accumulators live in the task's scratch
+  int64_t row_tile;        // gathered query rows per tile
+  int64_t key_tile;        // keys per tile
+  int64_t kept_tiles;      // forward: key tiles of a head that stay packed for all its queries; 0: none do
+  int64_t list_chunks;     // backward: chunks per task
+  bool tiles;              // products of bfloat16 on matrix tiles; else in the accumulation type
+  bool by_query;           // forward: keys and values are read for each query, no lists
+  int64_t query_block;     // then: queries per task
+  int64_t heads_per_task;  // then: of key/value heads, which share a selection
 };
 
 struct Plan {

@@ -1,6 +1,7 @@
 // The end of a row of attention, the same whichever way its sums came about.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/attend_tile.h"

@@ -1,12 +1,11 @@
 // Attention over the selected chunks, query-stationary: where a chunk meets few rows, packing it and carrying
 // accumulators from chunk to chunk would cost more than reading its keys and values for each of them.
 //
-//   for each range of queries and, where there is work for all threads, all heads of a selection
-//     for each query                       tokens of its chunks lie in rows of [Hkv, D]: all heads, one after
-//     another
-//       for each head: logit = <query, key>, softmax, out = weight value; fetch the same of the query after
-//       next
+//   for each range of queries, and all heads of a selection where that leaves work for every thread
+//     for each query, each head: logit = <query, key>, softmax, out = weight value
+//                                fetch the same of the query after next
 //
+// Keys and values of a token lie in rows of [Hkv, D], so its heads are read one after another.
 // A row is done at once: no lists, no accumulators, and the output is written from its beginning to its end.
 #include "cpu/attend_finish.h"
 #include "cpu/stage_clock.h"
@@ -70,7 +69,8 @@ class RowAttention {
     const int32_t* chunk = p_.indices + slot_offset(p_.shape, task_.sequence->batch, query, retrieval_head_);
     const int64_t row = size_of(p_.key.dtype), bytes = p_.shape.head_dim * row;
     const int64_t key = p_.key.token_stride * row, value = p_.value.token_stride * row;
-    for (int64_t slot = 0; slot < p_.shape.top_k && chunk[slot] >= 0; ++slot) {
+    for (int64_t slot = 0; slot < p_.shape.top_k; ++slot) {
+      if (chunk[slot] < 0) continue;
       const int64_t token = chunk[slot] * p_.shape.chunk_size;
       fetch(rows_of(p_.key, kv_head) + token * key, key, p_.shape.chunk_size, bytes);
       fetch(rows_of(p_.value, kv_head) + token * value, value, p_.shape.chunk_size, bytes);
@@ -107,7 +107,7 @@ template <class A>
 void run(const AttendProblem& p, const AttendPlan& plan, const Executor& executor) {
   const Shape& s = p.shape;
   const int64_t shared = s.kv_heads / s.retrieval_heads;  // heads that share a selection
-  const int64_t heads = plan.heads_together ? shared : 1;
+  const int64_t heads = plan.heads_per_task;
   const auto tasks = make_tasks(*p.sequences, s.kv_heads / heads, plan.query_block, query_extent);
   for_each_task(
       executor, static_cast<int64_t>(tasks.size()), [&] { return Scratch<A>(s, s.top_k); },

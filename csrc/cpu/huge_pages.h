@@ -1,6 +1,7 @@
 // New memory costs a page fault for every 4 KiB that is written to first: for 64 MiB of output that was a
-// quarter of the time of the forward that filled it. Where Linux leaves huge pages to whoever asks for them
-// ("madvise", the usual setting), this asks; elsewhere it does nothing.
+// sixth of the time of the forward that filled it. Where Linux leaves huge pages to whoever asks for them
+// ("madvise", the usual setting), this asks; elsewhere it does nothing. The price: where memory is
+// fragmented, Linux may first put it in order.
 #pragma once
 
 #include <cstddef>

@@ -16,8 +16,8 @@ void retrieve_two_level(const TwoLevelProblem&, const Device&, const Executor&);
 void retrieve_backward(const RetrieveBackwardProblem&, const SearchPlan&, const Executor&);
 
 void attend(const AttendProblem&, const AttendPlan&, const Executor&);
-void attend_by_query(const AttendProblem&, const AttendPlan&,
-                     const Executor&);  // what a plan with by_query means
+// What a plan with by_query means.
+void attend_by_query(const AttendProblem&, const AttendPlan&, const Executor&);
 void attend_backward(const AttendBackwardProblem&, const AttendPlan&, const Executor&);
 
 }  // namespace resona::cpu

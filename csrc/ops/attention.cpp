@@ -49,8 +49,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const 
   const Shape& s = checked.shape;
   const auto backend = backend_of(query);
   const Prepared t{with_contiguous_rows(query), with_contiguous_rows(key), with_contiguous_rows(value),
-                   contiguous(bias), contiguous(sink)};
-  const Tensor held_indices = torch::stable::contiguous(indices);
+                   as_contiguous(bias), as_contiguous(sink)};
+  const Tensor held_indices = as_contiguous(indices);
   const Tensor out = empty(query, out_shape(s), query.scalar_type());
   const Tensor lse = empty(query, lse_shape(s), accumulation_type(query));
   backend->attend(make_problem(checked, t, held_indices, scale, out, lse));
@@ -75,10 +75,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward(
 
   const auto backend = backend_of(query);
   const Prepared t{with_contiguous_rows(query), with_contiguous_rows(key), with_contiguous_rows(value),
-                   contiguous(bias), contiguous(sink)};
-  const Tensor held_indices = torch::stable::contiguous(indices), held_out = with_contiguous_rows(out);
-  const Tensor held_lse = torch::stable::contiguous(lse), grad = with_contiguous_rows(out_gradient);
-  const OptionalTensor held_lse_gradient = contiguous(lse_gradient);
+                   as_contiguous(bias), as_contiguous(sink)};
+  const Tensor held_indices = as_contiguous(indices), held_out = with_contiguous_rows(out);
+  const Tensor held_lse = as_contiguous(lse), grad = with_contiguous_rows(out_gradient);
+  const OptionalTensor held_lse_gradient = as_contiguous(lse_gradient);
   const std::vector<int64_t> key_shape{s.batch, s.context, s.kv_heads, s.head_dim}, none{0};
   const Tensor query_gradient = empty(query, out_shape(s), type);
   const Tensor key_gradient = sparse_result(*backend, query, key_shape, type);
@@ -111,12 +111,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_retrieve_attend(
       check_fused("fused_retrieve_attend", {query, key, value, chunk_size, sink, cu_seqlens, scale},
                   query_embedding, context_embedding, top_k, score_scale);
   const Shape& s = checked.shape;
-  const OptionalTensor held_scale = contiguous(score_scale);
+  const OptionalTensor held_scale = as_contiguous(score_scale);
   const auto backend = backend_of(query);
   const Tensor context = with_contiguous_rows(context_embedding);
   const Tensor embedding = with_contiguous_rows(query_embedding);
   const Prepared t{with_contiguous_rows(query), with_contiguous_rows(key), with_contiguous_rows(value),
-                   std::nullopt, contiguous(sink)};
+                   std::nullopt, as_contiguous(sink)};
   const Tensor out = empty(query, out_shape(s), query.scalar_type());
   const Tensor lse = empty(query, lse_shape(s), accumulation_type(query));
   const std::vector<int64_t> slots{s.batch, s.queries, s.retrieval_heads, s.top_k};

@@ -35,7 +35,7 @@ inline bool looks_at_values(const char* op, const Tensor& t) {
 }
 
 inline Tensor on_host(const Tensor& t) {
-  const Tensor whole = torch::stable::contiguous(t);
+  const Tensor whole = as_contiguous(t);
   return t.is_cuda() ? torch::stable::to(whole, torch::stable::Device(torch::headeronly::DeviceType::CPU))
                      : whole;
 }

@@ -58,7 +58,7 @@ Checked check_sequences(const Checker& check, const OptionalTensor& cu_seqlens, 
                 "T = " + std::to_string(s.queries));
   checked.has_values = looks_at_values(check.op, like);
   if (checked.has_values) checked.sequences = packed_sequences(check, *cu_seqlens, s);
-  checked.cu_seqlens = torch::stable::contiguous(*cu_seqlens);
+  checked.cu_seqlens = as_contiguous(*cu_seqlens);
   return checked;
 }
 

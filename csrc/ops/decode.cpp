@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const DecodeArguments& a, const S
   const Tensor held_value = with_contiguous_rows(a.attend.value);
   const Tensor held_query_embedding = with_contiguous_rows(a.query_embedding);
   const Tensor held_context_embedding = with_contiguous_rows(a.context_embedding);
-  const OptionalTensor held_scale = contiguous(a.score_scale), held_sink = contiguous(a.attend.sink);
+  const OptionalTensor held_scale = as_contiguous(a.score_scale), held_sink = as_contiguous(a.attend.sink);
 
   const std::vector<int64_t> slots{s.batch, 1, s.retrieval_heads, a.top_k};
   const Tensor out = empty(query, {s.batch, 1, s.heads, s.head_dim}, query.scalar_type());

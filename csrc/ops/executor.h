@@ -2,29 +2,27 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <unistd.h>
 
+#include <exception>
 #include <thread>
 #include <vector>
 
 #include "common/plan.h"
 #include "cpu/executor.h"
 #include "cpu/kernels.h"
+#include "ops/process.h"
 
 namespace resona::ops {
 
-// OpenMP's workers do not live on in a forked child, where waiting for them would never end. The thread
-// sanitizer does not see the barriers of torch's OpenMP runtime, which is not built for it. Both are served
-// by threads made for the call.
+// In a forked child torch's workers are gone. The thread sanitizer does not see the barriers of torch's
+// OpenMP runtime, which is not built for it.
 inline bool needs_own_threads() {
 #if defined(__SANITIZE_THREAD__)
   return true;
 #else
-  static const pid_t loaded_by = getpid();
-  return getpid() != loaded_by;
+  return is_forked_child();
 #endif
 }
-inline const bool kKnowsWhoLoadedIt = needs_own_threads();  // asked before anyone can fork
 
 class TorchExecutor final : public cpu::Executor {
  public:
@@ -39,7 +37,10 @@ class TorchExecutor final : public cpu::Executor {
  private:
   static void run_on_new_threads(int64_t workers, const std::function<void()>& body) {
     std::vector<std::thread> threads;
-    for (int64_t i = 1; i < workers; ++i) threads.emplace_back(body);
+    try {
+      for (int64_t i = 1; i < workers; ++i) threads.emplace_back(body);
+    } catch (const std::exception&) {  // no more to be had: those that run draw all tasks
+    }
     body();
     for (std::thread& thread : threads) thread.join();
   }

@@ -16,11 +16,11 @@ struct Prepared {  // tensors that kernels can read, kept alive
         value(with_contiguous_rows(a.value)),
         prefix_key(with_contiguous_rows(a.prefix_key)),
         prefix_value(with_contiguous_rows(a.prefix_value)),
-        mask(contiguous(a.mask)),
-        cu_seqlens(contiguous(a.cu_seqlens)),
-        prefix_lengths(contiguous(a.prefix_lengths)),
-        initial_state(contiguous(a.initial_state)),
-        initial_normalizer(contiguous(a.initial_normalizer)) {}
+        mask(as_contiguous(a.mask)),
+        cu_seqlens(as_contiguous(a.cu_seqlens)),
+        prefix_lengths(as_contiguous(a.prefix_lengths)),
+        initial_state(as_contiguous(a.initial_state)),
+        initial_normalizer(as_contiguous(a.initial_normalizer)) {}
   Tensor query, key, value, prefix_key, prefix_value;
   OptionalTensor mask, cu_seqlens, prefix_lengths, initial_state, initial_normalizer;
 };
@@ -100,8 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_linear
   const auto backend = backend_of(query);
   const Prepared t(a);
   const Tensor grad = with_contiguous_rows(out_gradient), held_out = with_contiguous_rows(out);
-  const OptionalTensor held_state = contiguous(state_gradient);
-  const OptionalTensor held_normalizer = contiguous(normalizer_gradient);
+  const OptionalTensor held_state = as_contiguous(state_gradient);
+  const OptionalTensor held_normalizer = as_contiguous(normalizer_gradient);
   const std::vector<int64_t> key_shape{s.batch, s.tokens, s.heads, s.feature_dim}, none{0};
   const Tensor query_gradient = empty(query, key_shape, type), key_gradient = empty(query, key_shape, type);
   const Tensor value_gradient = empty(query, out_shape(s), type);
@@ -137,7 +137,7 @@ Tensor prefix_linear_attention_step(const Tensor& query, const Tensor& key, cons
   const auto backend = backend_of(query);
   const Tensor held_query = with_contiguous_rows(query), held_key = with_contiguous_rows(key);
   const Tensor held_value = with_contiguous_rows(value);
-  const OptionalTensor held_mask = contiguous(mask);
+  const OptionalTensor held_mask = as_contiguous(mask);
   const Tensor out = empty(query, out_shape(s), query.scalar_type());
   PrefixStepProblem p{};
   p.shape = s;

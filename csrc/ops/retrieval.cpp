@@ -49,7 +49,7 @@ Tensor pool_chunks_backward(const Tensor& chunk_gradient, const Tensor& context_
               context_embedding.scalar_type(), context_embedding, "context_embedding");
   const auto backend = backend_of(context_embedding);
   const Tensor context = with_contiguous_rows(context_embedding);
-  const Tensor grad = torch::stable::contiguous(chunk_gradient);
+  const Tensor grad = as_contiguous(chunk_gradient);
   const Tensor result = sparse_result(
       *backend, context, {s.batch, s.context, s.retrieval_heads, s.retrieval_dim}, context.scalar_type());
   backend->pool_chunks_backward(
@@ -100,8 +100,8 @@ std::tuple<Tensor, Tensor> retrieve_backward(const Tensor& score_gradient, const
   check_index_values(op, checked, indices);
   const auto backend = backend_of(query_embedding);
   const Tensor query = with_contiguous_rows(query_embedding), chunks = with_contiguous_rows(chunk_embedding);
-  const Tensor held_indices = torch::stable::contiguous(indices);
-  const Tensor held_gradient = torch::stable::contiguous(score_gradient);
+  const Tensor held_indices = as_contiguous(indices);
+  const Tensor held_gradient = as_contiguous(score_gradient);
   const Tensor query_gradient =
       empty(query, {s.batch, s.queries, s.retrieval_heads, s.retrieval_dim}, query.scalar_type());
   const Tensor chunk_gradient = sparse_result(*backend, query, chunk_shape(s), query.scalar_type());

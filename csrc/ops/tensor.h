@@ -11,6 +11,7 @@
 
 #include "common/problem.h"
 #include "cpu/huge_pages.h"
+#include "ops/process.h"
 
 namespace resona::ops {
 
@@ -83,13 +84,14 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, Scalar
 
 inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
   Tensor result = empty(like, size, type);
-  return torch::stable::zero_(result);
+  zero(result);
+  return result;
 }
 
 // Kernels want a contiguous last dimension; every other stride is theirs to follow.
 inline Tensor with_contiguous_rows(const Tensor& t) {
-  const bool contiguous = t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1;
-  return contiguous ? t : torch::stable::contiguous(t);
+  const bool has_rows = t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1;
+  return has_rows ? t : as_contiguous(t);
 }
 
 inline Rows rows_of(const Tensor& t) {
@@ -101,8 +103,8 @@ inline MutableRows mutable_rows_of(const Tensor& t) {
 }
 
 // A tensor that kernels index without strides. Keep the result alive while the pointer is in use.
-inline OptionalTensor contiguous(const OptionalTensor& t) {
-  return t.has_value() ? OptionalTensor(torch::stable::contiguous(*t)) : OptionalTensor();
+inline OptionalTensor as_contiguous(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(as_contiguous(*t)) : OptionalTensor();
 }
 
 inline const void* data_or_null(const OptionalTensor& t) {

@@ -93,6 +93,19 @@ Stage two_level_stage(const resona::TwoLevelProblem& p, const char* kernel, cons
           {{"superchunk_size", p.plan.superchunk_size}, {"probes", p.plan.probes}, {what, size}}};
 }
 
+// list_chunks is of the backward pass, which always goes chunk by chunk.
+std::map<std::string, int64_t> attend_parameters(const resona::AttendPlan& p) {
+  if (p.by_query)
+    return {
+        {"query_block", p.query_block}, {"heads_per_task", p.heads_per_task}, {"list_chunks", p.list_chunks}};
+  std::map<std::string, int64_t> parameters{{"query_range", p.query_range},
+                                            {"row_tile", p.row_tile},
+                                            {"key_tile", p.key_tile},
+                                            {"list_chunks", p.list_chunks}};
+  if (p.kept_tiles > 0) parameters["kept_tiles"] = p.kept_tiles;
+  return parameters;
+}
+
 PlanView cpu_plan(const resona::Shape& s, resona::DType rows, resona::DType embeddings, int64_t threads,
                   const std::string& isa) {
   require(threads >= 1, "threads", "at least 1", std::to_string(threads));
@@ -102,19 +115,13 @@ PlanView cpu_plan(const resona::Shape& s, resona::DType rows, resona::DType embe
   const resona::Plan p = resona::make_plan(s, rows, embeddings, {threads, tiles});
   const resona::TwoLevelProblem two_level = two_level_problem(s, embeddings);
   const resona::SearchPlan refine = resona::plan_refine(two_level, {threads, tiles});
-  std::map<std::string, int64_t> attend{{"query_range", p.attend.query_range},
-                                        {"row_tile", p.attend.row_tile},
-                                        {"key_tile", p.attend.key_tile},
-                                        {"list_chunks", p.attend.list_chunks}};
-  if (p.attend.kept_tiles > 0) attend["kept_tiles"] = p.attend.kept_tiles;
-  if (p.attend.by_query) attend["query_block"] = p.attend.query_block;
   return {{{"pool", p.pool.kernel, p.pool.reason, {{"chunks_per_task", p.pool.chunks_per_task}}},
            {"search",
             p.search.kernel,
             p.search.reason,
             {{"query_block", p.search.query_block}, {"chunk_block", p.search.chunk_block}}},
            two_level_stage(two_level, refine.kernel, "query_block", refine.query_block),
-           {"attend", p.attend.kernel, p.attend.reason, attend}},
+           {"attend", p.attend.kernel, p.attend.reason, attend_parameters(p.attend)}},
           p.workspace_bytes};
 }
 

@@ -1,7 +1,11 @@
-// Elements of a row in memory as vectors of the accumulation type.
+// Elements of a row in memory, of any alignment, as vectors of the accumulation type.
 struct Float32Row {
   static constexpr int64_t kBytes = 4;
-  static Vec<float> lanes(const char* p) { return load(reinterpret_cast<const float*>(p)); }
+  static Vec<float> lanes(const char* p) {
+    Vec<float> v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
   static float one(const char* p) {
     float x;
     __builtin_memcpy(&x, p, 4);
@@ -11,7 +15,11 @@ struct Float32Row {
 
 struct Float64Row {
   static constexpr int64_t kBytes = 8;
-  static Vec<double> lanes(const char* p) { return load(reinterpret_cast<const double*>(p)); }
+  static Vec<double> lanes(const char* p) {
+    Vec<double> v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
   static double one(const char* p) {
     double x;
     __builtin_memcpy(&x, p, 8);
