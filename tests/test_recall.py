@@ -17,6 +17,7 @@ import torch
 from benchmarks.recall import __main__ as cli
 from benchmarks.recall import capacity, config, model, paper, report, store, train
 from benchmarks.recall.backbones import BACKBONES
+from benchmarks.recall.hits import hit_rate
 from benchmarks.recall.tasks import IGNORED, TASKS
 from resona_ext import Resona
 from resona_ext.cli.errors import CliError
@@ -189,6 +190,32 @@ def test_the_mlp_has_the_size_of_the_branch():
     assert with_mlp == pytest.approx(with_branch, abs=3 * 64 / 2)
 
 
+@pytest.mark.parametrize("backbone", ["baseconv", "gla", "mamba", "mamba2"])
+def test_linear_maps_can_be_drawn_as_in_zoology(backbone):
+    if BACKBONES[backbone].missing("cpu") is not None:
+        pytest.skip(BACKBONES[backbone].missing("cpu"))
+    made = cell(backbone=backbone, width=64, linear_std=0.02, layers=3)
+    torch.manual_seed(0)
+    drawn = model.RecallModel(made)
+    torch.manual_seed(0)
+    own = model.RecallModel(replace(made, linear_std=None))
+    for name, module in drawn.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        untouched = ".branch." in name or name.startswith("head.")
+        before = own.get_submodule(name)
+        if untouched:
+            assert module.weight.shape == before.weight.shape and ".mixer." not in name
+            continue
+        std = 0.02 / 6**0.5 if name.endswith((".out", ".out_proj")) else 0.02
+        error = 5 * std / (2 * module.weight.numel()) ** 0.5  # five standard errors
+        assert module.weight.std().item() == pytest.approx(std, abs=error)
+        is_step = name.endswith(".step")
+        assert module.bias is None or (module.bias.abs().max() > 0) == is_step
+        if is_step:
+            assert torch.equal(module.bias, before.bias)
+
+
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in ("text", "qa")])
 def test_every_task_can_be_learnt_from(name):
     """One step on one batch lowers the loss on it."""
@@ -276,6 +303,56 @@ def test_an_epoch_shows_every_example_once(tmp_path):
     for _ in range(2):
         seen = torch.cat([next(source).tokens for _ in range(5)])
         assert torch.equal(seen.unique(dim=0), data.training.tokens.unique(dim=0))
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return x / x.square().mean(dim=-1, keepdim=True).add(torch.finfo(x.dtype).eps).sqrt()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_hits_are_those_of_a_loop(layer, top_k):
+    """Every question's chunks found by hand from what the block sees."""
+    made = cell(branch={"layer": layer, "options": {"top_k": top_k}}, layers=2)
+    torch.manual_seed(0)
+    recall_model = model.RecallModel(made).eval()
+    batch = made.make_task().generate(30, torch.Generator().manual_seed(1))
+    embedding = recall_model.embedding(batch.tokens)
+    h = recall_model.blocks[0](embedding, embedding) if layer else embedding
+    x = recall_model.blocks[layer].norm(h)
+    hits = []
+    for row, column in (batch.labels != IGNORED).nonzero().tolist():
+        pairs = rms(embedding[row]).view(8, 2, 16).mean(dim=1)[: column // 2]
+        score = torch.nn.functional.cosine_similarity(x[row, column], pairs, dim=-1)
+        tokens = batch.tokens[row].view(8, 2)[score.topk(min(top_k, len(pairs))).indices]
+        hits.append(bool((tokens == batch.labels[row, column]).any()))
+    assert sum(hits) > 0
+    rate = hit_rate(recall_model, batch, rows=7)
+    assert rate == pytest.approx(sum(hits) / len(hits))
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        {"kind": "none"},
+        {"kind": "window"},
+        {"kind": "mlp"},
+        {"options": {"eligibility": "inclusive"}},
+    ],
+)
+def test_hits_of_what_does_not_search_are_none(branch):
+    made = cell(branch=branch)
+    batch = made.make_task().generate(2, torch.Generator())
+    assert hit_rate(model.RecallModel(made), batch, rows=2) is None
+
+
+def test_a_result_says_how_often_retrieval_found_the_answer(tmp_path):
+    result = train.Run(cell(), tmp_path / "a").train()
+    assert [step for step, _ in result["hits"]] == [point[0] for point in result["curve"]]
+    assert all(0 <= rate <= 1 for rate in [*(rate for _, rate in result["hits"]), result["hit"]])
+    plain = train.Run(cell(branch={"kind": "none"}), tmp_path / "b").train()
+    assert plain["hit"] is None and plain["hits"] == []
 
 
 # --- the store and the command line ---------------------------------------------------------------
@@ -456,6 +533,16 @@ def test_the_best_learning_rate_counts_and_random_states_are_averaged():
     assert runs.show("token") == "0.600 ±0.100"
     (other,) = runs.others
     assert other.show("token") == "0.300 ±0.100"
+
+
+def test_many_branches_stand_below_each_other_with_their_hits():
+    kinds = [{"kind": "none"}, {"kind": "window"}, {"kind": "mlp"}, {"layer": 0}, {"layer": 1}]
+    rows = [row(cell(branch=branch), 0.5) for branch in kinds]
+    rows[-1]["result"]["hit"] = 0.75
+    (text,) = report.tables(report.group(rows))
+    lines = text.splitlines()
+    assert lines[2].endswith("hit") and len(lines) == 4 + len(kinds)
+    assert lines[-1].endswith("0.750") and all(line.endswith("-") for line in lines[4:-1])
 
 
 def test_figures_of_the_paper():
