@@ -18,7 +18,7 @@ from benchmarks.recall import __main__ as cli
 from benchmarks.recall import capacity, config, model, paper, report, store, train
 from benchmarks.recall.backbones import BACKBONES
 from benchmarks.recall.hits import hit_rate
-from benchmarks.recall.tasks import IGNORED, TASKS
+from benchmarks.recall.tasks import FEWER_EXAMPLES, IGNORED, TASKS
 from resona_ext import Resona
 from resona_ext.cli.errors import CliError
 
@@ -422,6 +422,26 @@ def test_a_single_cell_from_flags(tmp_path, capsys, monkeypatch):
     _, rows = store.read(tmp_path / "single.jsonl")
     assert rows[0]["cell"]["branch"]["options"]["top_k"] == 2
     assert rows[0]["result"]["branch_parameters"] == 5 * 16**2 + 16
+
+
+@pytest.mark.parametrize(("flags", "count"), [([], 6), (["--sweep"], 66)])
+def test_mad_is_its_six_tasks_and_their_sweeps(flags, count):
+    """The order of the paper; the sweep asks for no less than the grid of its table."""
+    arguments = ["mad", "--backbone", "hyena", "--set", "training.steps=7", *flags]
+    cells = cli.single(cli.build_parser().parse_args(arguments)).cells
+    assert len({made.id for made in cells}) == len(cells) == count
+    assert tuple(dict.fromkeys(made.task["name"] for made in cells)) == paper.MAD_TASKS
+    assert {made.training.steps for made in cells} == {7}
+    grid = config.read_grid(cli.CONFIGS / "mad-table1.json")
+    of_grid = {json.dumps([made.task, _examples(made)], sort_keys=True) for made in grid.cells}
+    ours = {json.dumps([made.task, _examples(made)], sort_keys=True) for made in cells}
+    assert ours <= of_grid and (count < 66 or ours == of_grid)
+
+
+def _examples(made: config.Cell) -> int | None:
+    """The training examples of a cell whose sweep is about them."""
+    examples = made.training.examples
+    return examples if examples in FEWER_EXAMPLES["examples"] else None
 
 
 @pytest.mark.parametrize(
