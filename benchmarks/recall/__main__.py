@@ -45,10 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a grid; finished cells are skipped")
     run.add_argument("config", help="a JSON file, or the name of one in benchmarks/recall/configs")
-    run.add_argument("--minutes", type=float, help="start no cell after this time")
-    run.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th cell, from the I-th")
-    run.add_argument("--together", type=int, default=1, metavar="N", help="train N cells at once")
-    run.add_argument("--dry-run", action="store_true", help="list the cells")
+    _add_many(run)
     _add_common(run)
 
     table = commands.add_parser("report", help="the paper's tables beside ours; saves plots")
@@ -62,8 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
         _add_cell(commands.add_parser(name, help=(task.__doc__ or "").splitlines()[0]))
     mad = commands.add_parser("mad", help="MAD's six tasks, one after the other (Table 1)")
     mad.add_argument("--sweep", action="store_true", help="its harder settings too, 66 in all")
+    _add_many(mad)
     _add_cell(mad)
     return parser
+
+
+def _add_many(run: argparse.ArgumentParser) -> None:
+    """The flags of commands that run several cells."""
+    run.add_argument("--minutes", type=float, help="start no cell after this time")
+    run.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th cell, from the I-th")
+    run.add_argument("--together", type=int, default=1, metavar="N", help="train N cells at once")
+    run.add_argument("--dry-run", action="store_true", help="list the cells")
 
 
 def _add_cell(one: argparse.ArgumentParser) -> None:
@@ -252,10 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.command == "report":
             return report.run(arguments.results or sorted(RECORDS.glob("*.jsonl")), arguments.plots)
-        if arguments.command != "run":
-            return run_grid(single(arguments), arguments)
-        grid = read_grid(find_config(arguments.config))
-        if arguments.dry_run:
+        is_file = arguments.command == "run"
+        grid = read_grid(find_config(arguments.config)) if is_file else single(arguments)
+        if getattr(arguments, "dry_run", False):
             print(*(f"{cell.id} {cell.label}" for cell in grid.cells), sep="\n")
             return 0
         return run_grid(grid, arguments)
