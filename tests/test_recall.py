@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from benchmarks.recall import __main__ as cli
-from benchmarks.recall import capacity, config, model, paper, report, store, train
+from benchmarks.recall import config, model, paper, store, train
 from benchmarks.recall.backbones import BACKBONES
-from benchmarks.recall.hits import hit_rate
 from benchmarks.recall.tasks import FEWER_EXAMPLES, IGNORED, TASKS
 from resona_ext import Resona
 from resona_ext.cli.errors import CliError
@@ -190,32 +189,6 @@ def test_the_mlp_has_the_size_of_the_branch():
     assert with_mlp == pytest.approx(with_branch, abs=3 * 64 / 2)
 
 
-@pytest.mark.parametrize("backbone", ["baseconv", "gla", "mamba", "mamba2"])
-def test_linear_maps_can_be_drawn_as_in_zoology(backbone):
-    if BACKBONES[backbone].missing("cpu") is not None:
-        pytest.skip(BACKBONES[backbone].missing("cpu"))
-    made = cell(backbone=backbone, width=64, linear_std=0.02, layers=3)
-    torch.manual_seed(0)
-    drawn = model.RecallModel(made)
-    torch.manual_seed(0)
-    own = model.RecallModel(replace(made, linear_std=None))
-    for name, module in drawn.named_modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        untouched = ".branch." in name or name.startswith("head.")
-        before = own.get_submodule(name)
-        if untouched:
-            assert module.weight.shape == before.weight.shape and ".mixer." not in name
-            continue
-        std = 0.02 / 6**0.5 if name.endswith((".out", ".out_proj")) else 0.02
-        error = 5 * std / (2 * module.weight.numel()) ** 0.5  # five standard errors
-        assert module.weight.std().item() == pytest.approx(std, abs=error)
-        is_step = name.endswith(".step")
-        assert module.bias is None or (module.bias.abs().max() > 0) == is_step
-        if is_step:
-            assert torch.equal(module.bias, before.bias)
-
-
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in ("text", "qa")])
 def test_every_task_can_be_learnt_from(name):
     """One step on one batch lowers the loss on it."""
@@ -303,56 +276,6 @@ def test_an_epoch_shows_every_example_once(tmp_path):
     for _ in range(2):
         seen = torch.cat([next(source).tokens for _ in range(5)])
         assert torch.equal(seen.unique(dim=0), data.training.tokens.unique(dim=0))
-
-
-def rms(x: torch.Tensor) -> torch.Tensor:
-    return x / x.square().mean(dim=-1, keepdim=True).add(torch.finfo(x.dtype).eps).sqrt()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_hits_are_those_of_a_loop(layer, top_k):
-    """Every question's chunks found by hand from what the block sees."""
-    made = cell(branch={"layer": layer, "options": {"top_k": top_k}}, layers=2)
-    torch.manual_seed(0)
-    recall_model = model.RecallModel(made).eval()
-    batch = made.make_task().generate(30, torch.Generator().manual_seed(1))
-    embedding = recall_model.embedding(batch.tokens)
-    h = recall_model.blocks[0](embedding, embedding) if layer else embedding
-    x = recall_model.blocks[layer].norm(h)
-    hits = []
-    for row, column in (batch.labels != IGNORED).nonzero().tolist():
-        pairs = rms(embedding[row]).view(8, 2, 16).mean(dim=1)[: column // 2]
-        score = torch.nn.functional.cosine_similarity(x[row, column], pairs, dim=-1)
-        tokens = batch.tokens[row].view(8, 2)[score.topk(min(top_k, len(pairs))).indices]
-        hits.append(bool((tokens == batch.labels[row, column]).any()))
-    assert sum(hits) > 0
-    rate = hit_rate(recall_model, batch, rows=7)
-    assert rate == pytest.approx(sum(hits) / len(hits))
-
-
-@pytest.mark.parametrize(
-    "branch",
-    [
-        {"kind": "none"},
-        {"kind": "window"},
-        {"kind": "mlp"},
-        {"options": {"eligibility": "inclusive"}},
-    ],
-)
-def test_hits_of_what_does_not_search_are_none(branch):
-    made = cell(branch=branch)
-    batch = made.make_task().generate(2, torch.Generator())
-    assert hit_rate(model.RecallModel(made), batch, rows=2) is None
-
-
-def test_a_result_says_how_often_retrieval_found_the_answer(tmp_path):
-    result = train.Run(cell(), tmp_path / "a").train()
-    assert [step for step, _ in result["hits"]] == [point[0] for point in result["curve"]]
-    assert all(0 <= rate <= 1 for rate in [*(rate for _, rate in result["hits"]), result["hit"]])
-    plain = train.Run(cell(branch={"kind": "none"}), tmp_path / "b").train()
-    assert plain["hit"] is None and plain["hits"] == []
 
 
 # --- the store and the command line ---------------------------------------------------------------
@@ -496,118 +419,3 @@ def test_list_names_tasks_backbones_and_grids(capsys):
     out = capsys.readouterr().out
     for name in (*TASKS, *BACKBONES, "mqar-cpu"):
         assert f"  {name} " in out
-
-
-# --- the read error of a fixed state --------------------------------------------------------------
-
-
-def test_read_errors_are_those_of_the_states():
-    """Both states written and read in loops."""
-    dim, pairs = 8, 6
-    got = capacity.read_errors(dim, pairs, 3, torch.Generator().manual_seed(1))
-    draws = torch.randn(2, 3, pairs, dim, generator=torch.Generator().manual_seed(1))
-    keys, values = torch.nn.functional.normalize(draws, dim=-1)
-    errors = {"sum": [], "delta": [], "bound": []}
-    for key, value in zip(keys, values, strict=True):
-        hebb, delta = torch.zeros(2, dim, dim)
-        for k, v in zip(key, value, strict=True):
-            hebb = hebb + torch.outer(v, k)
-            delta = delta + torch.outer(v - delta @ k, k)
-        for i in range(pairs):
-            errors["sum"].append((hebb @ key[i] - value[i]).norm().item())
-            errors["delta"].append((delta @ key[i] - value[i]).norm().item())
-            errors["bound"].append((key @ key[i]).abs().sum().item() - 1)
-    for name, found in errors.items():
-        assert got[name] == pytest.approx(sum(found) / len(found), abs=1e-5)
-    assert got["sum"] <= got["bound"]
-    # In 8 dimensions a value may look like another's key; in 64 none does.
-    wide = capacity.read_errors(64, pairs, 3, torch.Generator().manual_seed(1))
-    assert got["retrieval"] > 0 == wide["retrieval"]
-
-
-def test_the_record_of_read_errors_is_what_the_command_measures(tmp_path, capsys):
-    assert cli.main(["capacity", "--output", str(tmp_path)]) == 0
-    assert "retrieval" in capsys.readouterr().out
-    measured = json.loads((tmp_path / "capacity.json").read_text())
-    recorded = json.loads((cli.RECORDS / "capacity.json").read_text())
-    for name, errors in recorded["rows"].items():
-        assert measured["rows"][name] == pytest.approx(errors, abs=1e-3)
-
-
-# --- the report -----------------------------------------------------------------------------------
-
-
-def row(made: config.Cell, token: float, exact: float = 0.5) -> dict:
-    result = {"token": token, "exact": exact, "macro": token, "steps": 7, "curve": [], "at": {}}
-    return {"id": made.id, "cell": asdict(made), "result": result}
-
-
-def test_the_best_learning_rate_counts_and_random_states_are_averaged():
-    rates = {1e-3: (0.2, 0.4), 1e-2: (0.5, 0.7)}
-    rows = [
-        row(cell(seed=seed, training={"learning_rate": rate}), token)
-        for rate, tokens in rates.items()
-        for seed, token in enumerate(tokens)
-    ]
-    (runs,) = report.group(rows)
-    assert runs.show("token") == "0.600 ±0.100"
-    (other,) = runs.others
-    assert other.show("token") == "0.300 ±0.100"
-
-
-def test_many_branches_stand_below_each_other_with_their_hits():
-    kinds = [{"kind": "none"}, {"kind": "window"}, {"kind": "mlp"}, {"layer": 0}, {"layer": 1}]
-    rows = [row(cell(branch=branch), 0.5) for branch in kinds]
-    rows[-1]["result"]["hit"] = 0.75
-    (text,) = report.tables(report.group(rows))
-    lines = text.splitlines()
-    assert lines[2].endswith("hit") and len(lines) == 4 + len(kinds)
-    assert lines[-1].endswith("0.750") and all(line.endswith("-") for line in lines[4:-1])
-
-
-def test_figures_of_the_paper():
-    task = {"name": "mqar", "vocabulary": 8192, "length": 128, "pairs": 8}
-    plain = cell(task=task, width=32, backbone="mamba2", branch={"kind": "none"})
-    assert paper.figure(plain) == 0.974
-    theirs = {"chunk_size": 2, "top_k": 1}
-    assert paper.figure(replace(plain, branch=config.Branch("resona", options=theirs))) == 1.0
-    ours = {**theirs, "key_conv": 2}
-    assert paper.figure(replace(plain, branch=config.Branch("resona", options=ours))) is None
-    assert paper.figure(replace(plain, branch=config.Branch("window"))) is None
-    assert paper.figure(replace(plain, backbone="rwkv5", width=256)) == 0.986
-    assert paper.figure(replace(plain, backbone="gla")) is None
-    assert paper.figure(replace(plain, task={**task, "pairs": 4})) is None
-    mad = replace(plain, task={"name": "fuzzy-recall"})
-    assert paper.figure(mad) == pytest.approx(0.211)
-    assert paper.figure(replace(mad, task={"name": "fuzzy-recall", "vocabulary": 32})) is None
-
-
-def test_differences_name_every_cell_that_falls_short():
-    task = {"name": "mqar", "vocabulary": 8192, "length": 64, "pairs": 4}
-    base = cell(task=task, width=64)
-    rows = [
-        row(base, 0.98),
-        row(replace(base, branch=config.Branch("none")), 0.40),  # 0.439 in the paper: near enough
-        row(replace(base, branch=config.Branch("none"), width=32), 0.30),
-    ]
-    lines = report.differences(report.group(rows))
-    assert len(lines) == 2
-    assert "0.980 after 7 steps, 1.000 in the paper" in lines[0]
-    assert "0.300 after 7 steps, 0.401 in the paper" in lines[1]
-
-
-def test_records_hold_what_their_grids_ask_for():
-    for path in sorted(cli.RECORDS.glob("*.jsonl")):
-        head, rows = store.read(path)
-        grid = config.read_grid(cli.CONFIGS / f"{head['suite']}.json")
-        assert {r["id"] for r in rows} <= {made.id for made in grid.cells}
-        for r in rows:
-            assert config.cell_from_json(r["cell"]).id == r["id"]
-
-
-def test_recorded_mqar_with_resona_reaches_what_is_claimed():
-    _, rows = store.read(cli.RECORDS / "mqar-cpu.jsonl")
-    with_resona = [g for g in report.group(rows) if g.cell.branch.kind == "resona"]
-    assert len(with_resona) >= 4
-    for runs in with_resona:
-        assert runs.value("token") >= report.ENOUGH, runs.cell.label
