@@ -91,6 +91,24 @@ def test_many_branches_stand_below_each_other_with_their_hits():
     assert lines[-1].endswith("0.750") and all(line.endswith("-") for line in lines[4:-1])
 
 
+@pytest.mark.parametrize("count", [2, 6])
+def test_few_branches_are_curves_and_many_are_bars(tmp_path, monkeypatch, count):
+    plots = pytest.importorskip("benchmarks.recall.plots")
+    pytest.importorskip("matplotlib")
+    drawn = []
+    for name in ("_draw_curves", "_draw_bars"):
+        draw = getattr(plots, name)
+        monkeypatch.setattr(plots, name, lambda *a, d=draw, n=name: (drawn.append(n), d(*a)))
+    branches = [{"options": {"top_k": k}} for k in range(1, count)] + [{"kind": "none"}]
+    rows = [row(cell(branch=branch, seed=seed), 0.5) for branch in branches for seed in (0, 1)]
+    for one in rows[:2]:
+        one["result"] |= {"hit": 0.7, "hits": [[0, 0.6], [5, 0.7]]}
+    head = {"suite": "x", "about": "a test", "reduced": ["everything"]}
+    plots.save(head, report.group(rows), tmp_path / "x.png")
+    assert drawn == ["_draw_curves" if count == 2 else "_draw_bars"]
+    assert (tmp_path / "x.png").stat().st_size > 5_000
+
+
 def test_figures_of_the_paper():
     task = {"name": "mqar", "vocabulary": 8192, "length": 128, "pairs": 8}
     plain = cell(task=task, width=32, backbone="mamba2", branch={"kind": "none"})

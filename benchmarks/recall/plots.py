@@ -26,32 +26,37 @@ def save(head: dict, groups: Sequence[Runs], path: Path) -> None:
     for runs in groups:
         panels.setdefault(f"{runs.cell.task['name']}|{runs.row}", []).append(runs)
     has_bars = max(map(len, panels.values())) > MANY
-    columns = min(1 if has_bars else COLUMNS, len(panels))
+    if has_bars:
+        panels = {}
+        for runs in groups:
+            panels.setdefault(runs.cell.task["name"], []).append(runs)
+    columns = 1 if has_bars else min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
-    heights = [0.8 + 0.21 * len(members) for members in panels.values()] if has_bars else None
-    size = (8.0, sum(heights) + 0.7) if heights else (3.4 * columns, 2.7 * lines + 0.7)
+    heights = [0.6 + 0.2 * len(m) if has_bars else 2.7 for m in panels.values()][::columns]
+    size = (9.0 if has_bars else 3.4 * columns, sum(heights) + 0.7)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    ratios = {"gridspec_kw": {"height_ratios": heights}} if heights else {}
-    axes = figure.subplots(lines, columns, squeeze=False, **ratios).flatten().tolist()
+    ratios = {"height_ratios": heights}
+    axes = figure.subplots(lines, columns, squeeze=False, gridspec_kw=ratios).flatten().tolist()
     for unused in axes[len(panels) :]:
         unused.set_axis_off()
     for ax, (title, members) in zip(axes, panels.items(), strict=False):
-        task, backbone, settings, model = title.split("|")
-        ax.set_title(f"{backbone}, {task} {settings}\n{model}", fontsize=8, color=INK)
-        (_draw_bars if has_bars else _draw_curves)(ax, members)
+        (_draw_bars if has_bars else _draw_curves)(ax, title, members)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=7, colors=INK)
     kind = "Accuracy at the end." if has_bars else "Held-out accuracy against steps."
     note = f"{head['suite']}: {head['about']}. {kind} "
     note += f"{'Rings' if has_bars else 'Dashed'}: how often retrieval found the answer. "
     note += "Dotted: the paper's plain figure. Reduced: " + "; ".join(head["reduced"]) + "."
-    width = 110 if has_bars else 46 * columns
+    width = 120 if has_bars else 46 * columns
     figure.supxlabel("\n".join(textwrap.wrap(note, width)), fontsize=7, color=INK)
     figure.savefig(path, dpi=110)
 
 
-def _draw_bars(ax, members: Sequence[Runs]) -> None:
+def _draw_bars(ax, title: str, members: Sequence[Runs]) -> None:
+    most = members[0].row
+    usual = most.replace("|", ", ")
+    ax.set_title(f"{title}: {usual}, where nothing else is said", fontsize=8, color=INK)
     names = []
     for place, runs in enumerate(members):
         is_ours = runs.cell.branch.kind == "resona"
@@ -61,7 +66,8 @@ def _draw_bars(ax, members: Sequence[Runs]) -> None:
         ax.barh(place, value, height=0.7, color=colour, xerr=reach, error_kw={"elinewidth": 0.8})
         if runs.hit != "-":
             ax.plot(float(runs.hit), place, "o", markersize=5, markerfacecolor="none", color=INK)
-        names.append(f"{runs.variant}, {max(r['steps'] for r in runs.results)} steps")
+        row = "" if runs.row == most else runs.row.replace("|", ", ") + ": "
+        names.append(f"{row}{runs.variant}, {max(r['steps'] for r in runs.results)} steps")
         theirs = paper.figure(runs.cell)
         if runs.cell.branch.kind == "none" and theirs is not None:
             ax.axvline(theirs, linestyle=":", color=INK, linewidth=0.8)
@@ -71,7 +77,9 @@ def _draw_bars(ax, members: Sequence[Runs]) -> None:
     ax.grid(axis="x", alpha=0.25)
 
 
-def _draw_curves(ax, members: Sequence[Runs]) -> None:
+def _draw_curves(ax, title: str, members: Sequence[Runs]) -> None:
+    task, backbone, settings, model = title.split("|")
+    ax.set_title(f"{backbone}, {task} {settings}\n{model}", fontsize=8, color=INK)
     colours, ours = iter(COLOURS), iter([OURS_COLOUR])
     for runs in members:
         is_resona = runs.cell.branch.kind == "resona"
