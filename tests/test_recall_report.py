@@ -144,6 +144,7 @@ def test_records_hold_what_their_grids_ask_for():
     for path in sorted(cli.RECORDS.glob("*.jsonl")):
         head, rows = store.read(path)
         grid = config.read_grid(cli.CONFIGS / f"{head['suite']}.json")
+        assert head["about"] == grid.about and head["reduced"] == list(grid.reduced)
         assert {r["id"] for r in rows} <= {made.id for made in grid.cells}
         for r in rows:
             assert config.cell_from_json(r["cell"]).id == r["id"]
