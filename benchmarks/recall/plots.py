@@ -56,7 +56,8 @@ def save(head: dict, groups: Sequence[Runs], path: Path) -> None:
 def _draw_bars(ax, title: str, members: Sequence[Runs]) -> None:
     most = members[0].row
     usual = most.replace("|", ", ")
-    ax.set_title(f"{title}: {usual}, where nothing else is said", fontsize=8, color=INK)
+    note = f"{title}: {usual}, where nothing else is said"
+    ax.set_title(note, loc="right", fontsize=8, color=INK)
     names = []
     for place, runs in enumerate(members):
         is_ours = runs.cell.branch.kind == "resona"

@@ -115,7 +115,7 @@ def group(rows: Sequence[dict]) -> list[Runs]:
             Runs(members[0][0], tuple(result for _, result in members))
             for members in rates.values()
         ]
-        best = max(runs, key=lambda r: r.merit)
+        best = max(runs, key=lambda r: (r.merit, r.value(SECOND[r.metric])))
         groups.append(replace(best, others=tuple(r for r in runs if r is not best)))
     return groups
 
