@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from benchmarks.recall import __main__ as cli
-from benchmarks.recall import capacity, config, model, paper, report, store, train
+from benchmarks.recall import config, model, paper, store, train
 from benchmarks.recall.backbones import BACKBONES
-from benchmarks.recall.tasks import IGNORED, TASKS
+from benchmarks.recall.tasks import FEWER_EXAMPLES, IGNORED, TASKS
 from resona_ext import Resona
 from resona_ext.cli.errors import CliError
 
@@ -347,6 +347,26 @@ def test_a_single_cell_from_flags(tmp_path, capsys, monkeypatch):
     assert rows[0]["result"]["branch_parameters"] == 5 * 16**2 + 16
 
 
+@pytest.mark.parametrize(("flags", "count"), [([], 6), (["--sweep"], 66)])
+def test_mad_is_its_six_tasks_and_their_sweeps(flags, count):
+    """The order of the paper; the sweep asks for no less than the grid of its table."""
+    arguments = ["mad", "--backbone", "hyena", "--set", "training.steps=7", *flags]
+    cells = cli.single(cli.build_parser().parse_args(arguments)).cells
+    assert len({made.id for made in cells}) == len(cells) == count
+    assert tuple(dict.fromkeys(made.task["name"] for made in cells)) == paper.MAD_TASKS
+    assert {made.training.steps for made in cells} == {7}
+    grid = config.read_grid(cli.CONFIGS / "mad-table1.json")
+    of_grid = {json.dumps([made.task, _examples(made)], sort_keys=True) for made in grid.cells}
+    ours = {json.dumps([made.task, _examples(made)], sort_keys=True) for made in cells}
+    assert ours <= of_grid and (count < 66 or ours == of_grid)
+
+
+def _examples(made: config.Cell) -> int | None:
+    """The training examples of a cell whose sweep is about them."""
+    examples = made.training.examples
+    return examples if examples in FEWER_EXAMPLES["examples"] else None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -399,108 +419,3 @@ def test_list_names_tasks_backbones_and_grids(capsys):
     out = capsys.readouterr().out
     for name in (*TASKS, *BACKBONES, "mqar-cpu"):
         assert f"  {name} " in out
-
-
-# --- the read error of a fixed state --------------------------------------------------------------
-
-
-def test_read_errors_are_those_of_the_states():
-    """Both states written and read in loops."""
-    dim, pairs = 8, 6
-    got = capacity.read_errors(dim, pairs, 3, torch.Generator().manual_seed(1))
-    draws = torch.randn(2, 3, pairs, dim, generator=torch.Generator().manual_seed(1))
-    keys, values = torch.nn.functional.normalize(draws, dim=-1)
-    errors = {"sum": [], "delta": [], "bound": []}
-    for key, value in zip(keys, values, strict=True):
-        hebb, delta = torch.zeros(2, dim, dim)
-        for k, v in zip(key, value, strict=True):
-            hebb = hebb + torch.outer(v, k)
-            delta = delta + torch.outer(v - delta @ k, k)
-        for i in range(pairs):
-            errors["sum"].append((hebb @ key[i] - value[i]).norm().item())
-            errors["delta"].append((delta @ key[i] - value[i]).norm().item())
-            errors["bound"].append((key @ key[i]).abs().sum().item() - 1)
-    for name, found in errors.items():
-        assert got[name] == pytest.approx(sum(found) / len(found), abs=1e-5)
-    assert got["sum"] <= got["bound"]
-    # In 8 dimensions a value may look like another's key; in 64 none does.
-    wide = capacity.read_errors(64, pairs, 3, torch.Generator().manual_seed(1))
-    assert got["retrieval"] > 0 == wide["retrieval"]
-
-
-def test_the_record_of_read_errors_is_what_the_command_measures(tmp_path, capsys):
-    assert cli.main(["capacity", "--output", str(tmp_path)]) == 0
-    assert "retrieval" in capsys.readouterr().out
-    measured = json.loads((tmp_path / "capacity.json").read_text())
-    recorded = json.loads((cli.RECORDS / "capacity.json").read_text())
-    for name, errors in recorded["rows"].items():
-        assert measured["rows"][name] == pytest.approx(errors, abs=1e-3)
-
-
-# --- the report -----------------------------------------------------------------------------------
-
-
-def row(made: config.Cell, token: float, exact: float = 0.5) -> dict:
-    result = {"token": token, "exact": exact, "macro": token, "steps": 7, "curve": [], "at": {}}
-    return {"id": made.id, "cell": asdict(made), "result": result}
-
-
-def test_the_best_learning_rate_counts_and_random_states_are_averaged():
-    rates = {1e-3: (0.2, 0.4), 1e-2: (0.5, 0.7)}
-    rows = [
-        row(cell(seed=seed, training={"learning_rate": rate}), token)
-        for rate, tokens in rates.items()
-        for seed, token in enumerate(tokens)
-    ]
-    (runs,) = report.group(rows)
-    assert runs.show("token") == "0.600 ±0.100"
-    (other,) = runs.others
-    assert other.show("token") == "0.300 ±0.100"
-
-
-def test_figures_of_the_paper():
-    task = {"name": "mqar", "vocabulary": 8192, "length": 128, "pairs": 8}
-    plain = cell(task=task, width=32, backbone="mamba2", branch={"kind": "none"})
-    assert paper.figure(plain) == 0.974
-    theirs = {"chunk_size": 2, "top_k": 1}
-    assert paper.figure(replace(plain, branch=config.Branch("resona", options=theirs))) == 1.0
-    ours = {**theirs, "key_conv": 2}
-    assert paper.figure(replace(plain, branch=config.Branch("resona", options=ours))) is None
-    assert paper.figure(replace(plain, branch=config.Branch("window"))) is None
-    assert paper.figure(replace(plain, backbone="rwkv5", width=256)) == 0.986
-    assert paper.figure(replace(plain, backbone="gla")) is None
-    assert paper.figure(replace(plain, task={**task, "pairs": 4})) is None
-    mad = replace(plain, task={"name": "fuzzy-recall"})
-    assert paper.figure(mad) == pytest.approx(0.211)
-    assert paper.figure(replace(mad, task={"name": "fuzzy-recall", "vocabulary": 32})) is None
-
-
-def test_differences_name_every_cell_that_falls_short():
-    task = {"name": "mqar", "vocabulary": 8192, "length": 64, "pairs": 4}
-    base = cell(task=task, width=64)
-    rows = [
-        row(base, 0.98),
-        row(replace(base, branch=config.Branch("none")), 0.40),  # 0.439 in the paper: near enough
-        row(replace(base, branch=config.Branch("none"), width=32), 0.30),
-    ]
-    lines = report.differences(report.group(rows))
-    assert len(lines) == 2
-    assert "0.980 after 7 steps, 1.000 in the paper" in lines[0]
-    assert "0.300 after 7 steps, 0.401 in the paper" in lines[1]
-
-
-def test_records_hold_what_their_grids_ask_for():
-    for path in sorted(cli.RECORDS.glob("*.jsonl")):
-        head, rows = store.read(path)
-        grid = config.read_grid(cli.CONFIGS / f"{head['suite']}.json")
-        assert {r["id"] for r in rows} <= {made.id for made in grid.cells}
-        for r in rows:
-            assert config.cell_from_json(r["cell"]).id == r["id"]
-
-
-def test_recorded_mqar_with_resona_reaches_what_is_claimed():
-    _, rows = store.read(cli.RECORDS / "mqar-cpu.jsonl")
-    with_resona = [g for g in report.group(rows) if g.cell.branch.kind == "resona"]
-    assert len(with_resona) >= 4
-    for runs in with_resona:
-        assert runs.value("token") >= report.ENOUGH, runs.cell.label

@@ -220,6 +220,48 @@ def test_rwkv5_is_its_recurrence():
     torch.testing.assert_close(mixer(x)[0], mixer.out(y))
 
 
+@torch.no_grad()
+def test_retnet_is_its_recurrence():
+    """Rotary positions by complex numbers, then S = decay S + k v^T."""
+    mixer = linear.RetNet(SPEC).double()
+    x = torch.randn(20, 16, dtype=torch.float64)
+    q, k, v = (p(x).view(20, 2, 8) for p in (mixer.q, mixer.k, mixer.v))
+    angle = torch.outer(torch.arange(20), 10000.0 ** (-torch.arange(4) / 4)).unsqueeze(1)
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def rotated(part: torch.Tensor) -> torch.Tensor:
+        turned = torch.complex(part[..., :4], part[..., 4:]) * turn
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    q, k = rotated(q) / 8**0.5, rotated(k)
+    decay = torch.tensor([1 - 2**-5, 1 - 2**-6], dtype=torch.float64).view(2, 1, 1)
+    state, out = torch.zeros(2, 8, 8, dtype=torch.float64), []
+    for t in range(20):
+        state = decay * state + k[t].unsqueeze(-1) * v[t].unsqueeze(-2)
+        out.append((q[t].unsqueeze(-2) @ state).squeeze(-2))
+    y = F.rms_norm(torch.stack(out), (8,)).flatten(1) * F.silu(mixer.gate(x))
+    torch.testing.assert_close(mixer(x[None])[0], mixer.out(y), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_deltanet_is_its_recurrence():
+    mixer = linear.DeltaNet(SPEC).double()
+    x = torch.randn(20, 16, dtype=torch.float64)
+    q, k, v = (
+        F.silu(convolve(f(x), taps(short)) + short.bias).view(20, 2, 8)
+        for f, short in zip((mixer.q, mixer.k, mixer.v), mixer.short, strict=True)
+    )
+    beta = mixer.beta(x).sigmoid().view(20, 2, 1, 1)
+    state, out = torch.zeros(2, 8, 8, dtype=torch.float64), []
+    for t in range(20):
+        unit_q, unit_k = (part[t] / part[t].norm(dim=-1, keepdim=True) for part in (q, k))
+        new = v[t].unsqueeze(-2) - unit_k.unsqueeze(-2) @ state
+        state = state + beta[t] * unit_k.unsqueeze(-1) * new
+        out.append((unit_q.unsqueeze(-2) @ state).squeeze(-2))
+    y = F.rms_norm(torch.stack(out), (8,)).flatten(1)
+    torch.testing.assert_close(mixer(x[None])[0], mixer.out(y))
+
+
 def test_gsa_is_its_recurrence():
     mixer = linear.Gsa(SPEC, slots=5).double()
     x = torch.randn(1, 20, 16, dtype=torch.float64)
@@ -392,11 +434,12 @@ def test_retrieval_attention_sees_the_nearest_past_chunks_only():
     torch.testing.assert_close(mixer(x, e)[0], mixer.out(expected.flatten(1)), atol=1e-5, rtol=1e-4)
 
 
-def test_hymba_averages_what_its_two_halves_say():
-    mixer, x = build("hymba"), torch.randn(1, 40, 16)
-    halves = mixer.attention(x), mixer.mamba(x)
+@pytest.mark.parametrize("name", ["hymba", "hymba-retrieval"])
+def test_hymba_averages_what_its_two_halves_say(name):
+    mixer, (x, e) = build(name), torch.randn(2, 1, 40, 16)
+    halves = call(mixer.attention, x, e), mixer.mamba(x)
     expected = sum(F.rms_norm(half, (16,)) for half in halves) / 2
-    torch.testing.assert_close(mixer(x), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(call(mixer, x, e), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_mambaformer_takes_turns():

@@ -23,6 +23,8 @@ SETTINGS = [
     {"name": "niah", "depth": 1.0, "length": 40},
     {"name": "niah", "context": "appended", "length": 40},
     {"name": "niah", "context": "retrieved", "rag_chunk": 6, "rag_chunks": 3},
+    {"name": "set-disjointness"},
+    {"name": "set-disjointness", "first": 9, "second": 3, "vocabulary": 16},
 ]
 
 
@@ -240,6 +242,26 @@ def test_rag_keeps_the_order_of_several_chunks():
     assert torch.equal(made.tokens[:, :32], draw(50, **settings).tokens[:, :32])  # all there are
 
 
+@pytest.mark.parametrize(("first", "second"), [(3, 7), (7, 3)])
+def test_two_lists_share_the_one_token_that_is_wanted(first, second):
+    batch = draw(6000, name="set-disjointness", first=first, second=second, vocabulary=24)
+    assert (batch.labels[:, :-1] == IGNORED).all() and torch.equal(batch.labels, batch.targets)
+    shared = batch.labels[:, -1:]
+    marks = batch.tokens[:, [0, first + 1, first + second + 2]]
+    assert torch.equal(marks, torch.tensor([1, 2, 3]).expand_as(marks))
+    lists = batch.tokens[:, 1 : first + 1], batch.tokens[:, first + 2 : -1]
+    for part in lists:
+        assert (part.sort(dim=1).values.diff(dim=1) > 0).all()  # no token twice in a list
+        place = (part == shared).double()
+        assert (place.sum(dim=1) == 1).all()
+        size = part.shape[1]
+        assert place.mean(dim=0).tolist() == pytest.approx([1 / size] * size, abs=0.025)
+    common = (lists[0].unsqueeze(2) == lists[1].unsqueeze(1)).sum(dim=(1, 2))
+    assert (common == 1).all()
+    share = torch.bincount(shared.flatten(), minlength=24)[4:].double() / len(shared)
+    assert share.tolist() == pytest.approx([1 / 20] * 20, abs=0.012)  # four standard errors
+
+
 @pytest.mark.parametrize(
     ("response", "needle", "expected"),
     [
@@ -290,6 +312,9 @@ def test_mad_sweeps_one_variable_at_a_time():
         ({"name": "memorization", "length": 31}, "length: expected even, got 31"),
         ({"name": "copying", "shortest": 65}, "shortest: expected 1 to length = 64, got 65"),
         ({"name": "copying", "distinct": True}, "vocabulary: expected >= 66, got 28"),
+        ({"name": "set-disjointness", "first": 0}, "first: expected >= 1, got 0"),
+        ({"name": "set-disjointness", "vocabulary": 83}, "vocabulary: expected >= 84, got 83"),
+        ({"name": "set-disjointness", "length": 80}, r"first \+ second \+ 3 = 83, got 80"),
         ({"name": "niah", "needles": 33}, "needles: expected 1 to 32, got 33"),
         ({"name": "niah", "length": 10}, "length: expected >= 11, got 10"),
         ({"name": "niah", "depth": 2}, "depth: expected None, or 0 to 1 with one needle, got 2"),

@@ -26,7 +26,7 @@ from .backbones import BACKBONES, PRETRAINED, find
 from .config import BRANCHES, Cell, Grid, make_cell, merge, read_grid
 from .schedule import run_cells
 from .store import Store
-from .tasks import TASKS
+from .tasks import MAD, TASKS, mad_settings
 
 PROGRAM = "benchmarks.recall"
 CONFIGS = Path(__file__).parent / "configs"
@@ -45,10 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a grid; finished cells are skipped")
     run.add_argument("config", help="a JSON file, or the name of one in benchmarks/recall/configs")
-    run.add_argument("--minutes", type=float, help="start no cell after this time")
-    run.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th cell, from the I-th")
-    run.add_argument("--together", type=int, default=1, metavar="N", help="train N cells at once")
-    run.add_argument("--dry-run", action="store_true", help="list the cells")
+    _add_many(run)
     _add_common(run)
 
     table = commands.add_parser("report", help="the paper's tables beside ours; saves plots")
@@ -59,27 +56,43 @@ def build_parser() -> argparse.ArgumentParser:
     errors.add_argument("--output", type=Path, default=BUILD, metavar="FOLDER")
 
     for name, task in TASKS.items():
-        one = commands.add_parser(name, help=(task.__doc__ or "").splitlines()[0])
-        one.add_argument("--backbone", default="gla", help="default: %(default)s")
-        one.add_argument("--branch", choices=BRANCHES, default="resona")
-        one.add_argument("--layer", type=_layer, default=0, metavar="N|spread", help="its blocks")
-        one.add_argument("--chunk-size", type=int, default=2)
-        one.add_argument("--top-k", type=int, default=1)
-        one.add_argument("--mix", choices=("gate", "fixed", "additive"))
-        one.add_argument("--encoder", choices=("tied", "identity", "separate"))
-        one.add_argument("--trainable-retrieval", action="store_true", default=None)
-        one.add_argument("--width", type=int, default=64)
-        one.add_argument("--layers", type=int, default=2)
-        one.add_argument("--seed", type=int, default=0)
-        one.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="PATH=JSON",
-            help="any other setting, as training.steps=100 or task.length=128",
-        )
-        _add_common(one)
+        _add_cell(commands.add_parser(name, help=(task.__doc__ or "").splitlines()[0]))
+    mad = commands.add_parser("mad", help="MAD's six tasks, one after the other (Table 1)")
+    mad.add_argument("--sweep", action="store_true", help="its harder settings too, 66 in all")
+    _add_many(mad)
+    _add_cell(mad)
     return parser
+
+
+def _add_many(run: argparse.ArgumentParser) -> None:
+    """The flags of commands that run several cells."""
+    run.add_argument("--minutes", type=float, help="start no cell after this time")
+    run.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th cell, from the I-th")
+    run.add_argument("--together", type=int, default=1, metavar="N", help="train N cells at once")
+    run.add_argument("--dry-run", action="store_true", help="list the cells")
+
+
+def _add_cell(one: argparse.ArgumentParser) -> None:
+    """The flags of what is trained, the same for every task."""
+    one.add_argument("--backbone", default="gla", help="default: %(default)s")
+    one.add_argument("--branch", choices=BRANCHES, default="resona")
+    one.add_argument("--layer", type=_layer, default=0, metavar="N|spread", help="its blocks")
+    one.add_argument("--chunk-size", type=int, default=2)
+    one.add_argument("--top-k", type=int, default=1)
+    one.add_argument("--mix", choices=("gate", "fixed", "additive"))
+    one.add_argument("--encoder", choices=("tied", "identity", "separate"))
+    one.add_argument("--trainable-retrieval", action="store_true", default=None)
+    one.add_argument("--width", type=int, default=64)
+    one.add_argument("--layers", type=int, default=2)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=JSON",
+        help="any other setting, as training.steps=100 or task.length=128",
+    )
+    _add_common(one)
 
 
 def _layer(text: str) -> int | str:
@@ -95,12 +108,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def single(arguments: argparse.Namespace) -> Grid:
-    """The grid of the one cell that the flags describe."""
+    """The grid of the cells that the flags describe: one, but for mad."""
     # Flags that were not given are left to Resona, or to augment in a pretrained model.
     names = ("chunk_size", "top_k", "mix", "encoder", "trainable_retrieval")
     options = {name: getattr(arguments, name) for name in names}
     settings = {
-        "task": {"name": arguments.command},
         "backbone": arguments.backbone,
         "width": arguments.width,
         "layers": arguments.layers,
@@ -111,10 +123,23 @@ def single(arguments: argparse.Namespace) -> Grid:
             "options": {name: value for name, value in options.items() if value is not None},
         },
     }
-    for text in arguments.set:
-        settings = merge(settings, _setting(text))
-    cell = make_cell(settings)
-    return Grid("single", "cells from the command line", (), (cell,))
+    cells = []
+    for task, examples in _tasks(arguments):
+        chosen = {**settings, "task": task}
+        for text in arguments.set:
+            chosen = merge(chosen, _setting(text))
+        if examples is not None:
+            chosen = merge(chosen, {"training": {"examples": examples}})
+        cells.append(make_cell(chosen))
+    return Grid("single", "cells from the command line", (), tuple(cells))
+
+
+def _tasks(arguments: argparse.Namespace) -> list[tuple[dict, int | None]]:
+    """Task settings, and the size of the training set where a sweep is about it."""
+    if arguments.command != "mad":
+        return [({"name": arguments.command}, None)]
+    settings = (mad_settings(task.name) for task in MAD)
+    return [one for sweep in settings for one in (sweep if arguments.sweep else sweep[:1])]
 
 
 def _setting(text: str) -> dict:
@@ -233,10 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.command == "report":
             return report.run(arguments.results or sorted(RECORDS.glob("*.jsonl")), arguments.plots)
-        if arguments.command != "run":
-            return run_grid(single(arguments), arguments)
-        grid = read_grid(find_config(arguments.config))
-        if arguments.dry_run:
+        is_file = arguments.command == "run"
+        grid = read_grid(find_config(arguments.config)) if is_file else single(arguments)
+        if getattr(arguments, "dry_run", False):
             print(*(f"{cell.id} {cell.label}" for cell in grid.cells), sep="\n")
             return 0
         return run_grid(grid, arguments)

@@ -73,6 +73,7 @@ class Cell:
     mlp: int = 0  # hidden width of a SwiGLU behind every mixer; 0: none
     window: int = 16  # of backbones that have one
     embedding_std: float = 0.3
+    linear_std: float | None = None  # of the mixers' weights, as in Zoology; None: their own
     dropout: float = 0.0  # of the embeddings
     tied: bool = True  # head and embedding
     branch: Branch = Branch()
@@ -92,8 +93,10 @@ class Cell:
     def id(self) -> str:
         """The same for equal cells, whatever file they come from."""
         settings = asdict(self)
-        if self.training.branch_rate is None:  # newer than the first records, whose names stay
-            del settings["training"]["branch_rate"]
+        # Newer than the first records, whose names stay.
+        for place, name in ((settings["training"], "branch_rate"), (settings, "linear_std")):
+            if place[name] is None:
+                del place[name]
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -20,6 +20,7 @@ from .backbones import BACKBONES, Spec
 from .config import Branch, Cell
 
 Wanted = Tensor | tuple[Tensor, Tensor]
+OUTPUTS = ("out", "out_proj", "o_proj")  # names of a mixer's last map: here and elsewhere
 
 
 class WindowBranch(Resona):
@@ -86,6 +87,22 @@ class TokenHead(nn.Module):
         return self.project(self.norm(h[wanted]))
 
 
+@torch.no_grad()
+def draw_as_zoology(mixer: nn.Module, std: float, layers: int) -> None:
+    """Linear maps anew: weights of this std, that of the output over sqrt(2 layers), biases zero.
+
+    A mixer then adds little to the stream at first, so that deep layers still see the token embedding.
+    Mamba keeps the biases of its steps, which say how long it remembers.
+    """
+    for name, module in mixer.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        is_output = name.rpartition(".")[2] in OUTPUTS
+        nn.init.normal_(module.weight, std=std / math.sqrt(2 * layers) if is_output else std)
+        if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
+            nn.init.zeros_(module.bias)
+
+
 class AutoencoderHead(nn.Module):
     """MAD's decoder for compression: every input from the last state plus a code of its position."""
 
@@ -136,6 +153,9 @@ class RecallModel(nn.Module):
             self.head: nn.Module = AutoencoderHead(self.embedding, task.width)
         else:
             self.head = TokenHead(self.embedding, cell.tied)
+        if cell.linear_std is not None:
+            for block in self.blocks:
+                draw_as_zoology(block.mixer, cell.linear_std, cell.layers)
         # Last, so that models with and without a branch start from the same backbone.
         for layer in cell.branch_layers:
             self.blocks[layer].branch = make_branch(cell.branch, cell.width)

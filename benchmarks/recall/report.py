@@ -57,6 +57,12 @@ class Runs:
         return text + (f" ±{self.spread(metric) / 2:.3f}" if len(self.results) > 1 else "")
 
     @property
+    def hit(self) -> str:
+        """How often retrieval found the answer; "-" where that is not known."""
+        rates = [result.get("hit") for result in self.results]
+        return "-" if None in rates else f"{mean(rates):.3f}"
+
+    @property
     def merit(self) -> float:
         value = self.value(self.metric)
         return -value if self.metric == "perplexity" else value
@@ -84,6 +90,7 @@ class Runs:
         settings = {k: v for k, v in cell.task.items() if k not in ("name", "vocabulary")}
         task = " ".join(f"{key} {value}" for key, value in settings.items())
         size = "its own" if cell.is_pretrained else f"d {cell.width}, {cell.layers} layers"
+        size += "" if cell.linear_std is None else f", linear std {cell.linear_std:g}"
         return f"{cell.backbone}|{task or 'default'}|{size}"
 
     @property
@@ -108,7 +115,7 @@ def group(rows: Sequence[dict]) -> list[Runs]:
             Runs(members[0][0], tuple(result for _, result in members))
             for members in rates.values()
         ]
-        best = max(runs, key=lambda r: r.merit)
+        best = max(runs, key=lambda r: (r.merit, r.value(SECOND[r.metric])))
         groups.append(replace(best, others=tuple(r for r in runs if r is not best)))
     return groups
 
@@ -139,10 +146,12 @@ def tables(groups: Sequence[Runs]) -> Iterator[str]:
 
 
 def _one_per_line(members: Sequence[Runs], metric: str) -> list[list[str]]:
-    lines = [["backbone", "task", "model", "branch", metric, "paper", SECOND[metric], "steps"]]
+    has_hits = any(runs.hit != "-" for runs in members)
+    head = ["backbone", "task", "model", "branch", metric, "paper", SECOND[metric], "steps"]
+    lines = [head + ["hit"] * has_hits]
     for runs in members:
         texts = _cells([runs], runs.row, runs.variant, metric, True)
-        lines.append([*runs.row.split("|"), runs.variant, *texts])
+        lines.append([*runs.row.split("|"), runs.variant, *texts, *[runs.hit] * has_hits])
     return lines
 
 

@@ -18,6 +18,7 @@ from resona_ext.cli.progress import ProgressBar
 
 from . import backbones
 from .config import Cell
+from .hits import hit_rate
 from .model import make_model, trained_parameters
 from .tasks import IGNORED, Batch, Task
 
@@ -41,6 +42,7 @@ class State:
     step: int = 0
     seconds: float = 0.0
     curve: list[list[float]] = field(default_factory=list)  # step, then Accuracy
+    hits: list[list[float]] = field(default_factory=list)  # step, hit rate
 
 
 class Data(NamedTuple):
@@ -196,6 +198,8 @@ class Run:
         if not self.state.curve or self.state.curve[-1][0] < self.state.step:
             accuracy = self.evaluate(held_out)
             self.state.curve.append([self.state.step, *accuracy.as_json().values()])
+            hit = self._hits(held_out)
+            self.state.hits += [] if hit is None else [[self.state.step, hit]]
         stop_at, metric = self.cell.training.stop_at, self.task.metric
         reached = self.state.curve[-1][1 + Accuracy._fields.index(metric)]
         if stop_at is None:
@@ -247,6 +251,13 @@ class Run:
         macro, perplexity = sum(macros) / len(macros), math.exp(min(loss / wanted_tokens, 700.0))
         return Accuracy(right / wanted_tokens, right_rows / rows, macro, perplexity)
 
+    def _hits(self, data: Batch) -> float | None:
+        """Retrieval's rate of hits, where the task and the model have one."""
+        if not self.task.stands_once:
+            return None
+        rate = hit_rate(self.model, data, self.task.test_batch, self.device)
+        return None if rate is None else round(rate, 5)
+
     def _result(self, data: Data) -> dict:
         backbone, model = backbones.find(self.cell.backbone), self.model
         begin = time.perf_counter()
@@ -262,6 +273,8 @@ class Run:
             "branch_parameters": sum(map(trained_parameters, model.branches)),
             "source": backbone.source(self.device),
             "curve": self.state.curve,
+            "hit": self._hits(data.test),
+            "hits": self.state.hits,
             "at": self._at_other_settings(data.test),
         }
 

@@ -30,6 +30,7 @@ class Mamba(nn.Module):
         nn.init.uniform_(self.step.weight, -(self.rank**-0.5), self.rank**-0.5)
         dt = torch.exp(torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)))
         self.step.bias.data.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        self.step.bias._no_reinit = True  # the mark of mamba_ssm
         self.log_a = nn.Parameter(torch.arange(1.0, STATES + 1).log().repeat(inner, 1))
         self.skip = nn.Parameter(torch.ones(inner))
 

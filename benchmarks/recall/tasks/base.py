@@ -35,6 +35,7 @@ class Task:
     head: ClassVar[str] = "token"  # "autoencoder": all inputs from the state of the last position
     metric: ClassVar[str] = "token"  # what is reported: a field of train.Accuracy
     test_batch: ClassVar[int] = 128  # MAD averages its macro accuracy over batches of this size
+    stands_once: ClassVar[bool] = False  # the wanted token, in the past: so hits can be counted
 
     vocabulary: int
     length: int

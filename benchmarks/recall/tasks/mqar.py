@@ -21,6 +21,7 @@ class Mqar(Task):
     """
 
     name: ClassVar[str] = "mqar"
+    stands_once: ClassVar[bool] = True
 
     vocabulary: int = 8192
     length: int = 64
