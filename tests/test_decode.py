@@ -159,9 +159,8 @@ def test_flops(step):
     with FlopCounterMode(display=False) as counter:
         step(*(value for _, value in values), **keywords)
     scored, attention = M // S, 4 * B * H * D * K * S
-    if (
-        keywords
-    ):  # two centroids, and of four chunks those of one superchunk and of half an open one
+    if keywords:
+        # Two centroids, and of four chunks those of one superchunk and of half an open one.
         scored = M // S // P + 1 * P + P // 2
     assert counter.get_total_flops() == 2 * B * R * E * scored + attention
 
