@@ -210,6 +210,20 @@ def test_superchunks_by_default_go_by_the_capacity(length, chunk_size, sizes):
     assert cache.superchunks.embedding.shape[1] == length // chunk_size // expected
 
 
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("size", [None, 3, 2**62])
+def test_more_probes_than_chunks(size):
+    """The exact search."""
+    text = make(chunk_size=2, size=size, probes=2**62)
+    text.full = ops.fused_retrieve_attend(**text.p.arguments())
+    text.prefill(0, 20)
+    for token in range(20, 40):
+        text.step(token)
+    text.cache.load_state_dict(saved(text.cache))
+    text.cache.crop(24)
+    text.prefill(24, 40)
+
+
 def test_probes_of_one_call():
     text = make()
     wide = full_forward(text.p.tensors, text.p, 3, 99)

@@ -165,6 +165,18 @@ def test_flops(step):
     assert counter.get_total_flops() == 2 * B * R * E * scored + attention
 
 
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("probes", [2**54, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("size", [P, 2**62])
+def test_more_probes_than_chunks(size, probes):
+    """The exact search, whatever the superchunks are."""
+    a = arguments(ops.decode_step_two_level, superchunk_size=size, probes=probes)
+    a["superchunk_embedding"] = a["superchunk_embedding"][:, : M // S // size].clone()
+    exact = {k: t for k, t in copied(a).items() if k not in (*UPPER, "superchunk_size", "probes")}
+    got, expected = ops.decode_step_two_level(**a), ops.decode_step(**exact)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
 def test_compiled_steps_write_in_place(step):
     def two_steps(a):
         first = step(**a)[0]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import ALL_DTYPES, CONTENTS, Problem, embeddings, name_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import resona_ext
@@ -141,6 +142,51 @@ def test_zero_norms():
 )
 def test_sizes_by_default(length, chunk_size, top_k, expected):
     assert ops._plan_two_level(length, chunk_size, top_k) == expected
+
+
+MANY = [2**54, 2**62, 2**63 - 1]
+
+
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("probes", MANY)
+@pytest.mark.parametrize(
+    "where", [(0, 1, 1), (1000, 2, 8), (2**31 - 1, 1, 8), (2**63 - 1, 1, 2**63 - 1)], ids=str
+)
+def test_more_probes_than_chunks(where, probes):
+    most = max(1, where[0] // where[1])
+    by_default = (min(16, most + 1), min(probes, most))
+    assert ops._plan_two_level(*where, None, probes) == by_default
+    assert ops._plan_two_level(*where, 7, probes) == (min(7, most + 1), min(probes, most))
+    assert ops._plan_two_level(*where, probes, 7) == (min(probes, most + 1), min(7, most))
+
+
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("probes", MANY)
+@pytest.mark.parametrize("size", [None, 4, 2**62])
+def test_a_search_with_more_probes_than_chunks(size, probes):
+    query, chunks = torch.randn(2, 90, 1, 8), torch.randn(2, 45, 1, 8)
+    sizes = {"superchunk_size": size, "probes": probes}
+    got = ops.retrieve_two_level(query, chunks, 2, 3, 90, **sizes)
+    assert_same_bits(got, ops.retrieve(query, chunks, 2, 3, 90))
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        ops.retrieve_two_level(query, chunks, 2, 3, 90, **sizes)
+    assert counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_length": -1}, "context_length: expected at least 0, got -1"),
+        ({"chunk_size": 0}, "chunk_size: expected at least 1, got 0"),
+        ({"superchunk_size": 0}, "superchunk_size: expected at least 1, got 0"),
+        ({"probes": 0}, "probes: expected at least 1, got 0"),
+    ],
+)
+def test_a_plan_of_impossible_sizes(changes, message):
+    """The layer asks for one before the cache and the operators look at its attributes."""
+    sizes = {"context_length": 100, "chunk_size": 2, "top_k": 3} | changes
+    with pytest.raises(RuntimeError, match=f"resona::_plan_two_level: {message}"):
+        ops._plan_two_level(**sizes)
 
 
 def test_the_default_sizes_are_used():

@@ -17,7 +17,7 @@ int64_t chunks_of(const Shape& s) { return s.context / s.chunk_size; }
 // least there.
 int64_t balanced_superchunk(int64_t chunks, int64_t probes) {
   int64_t size = kSmallestSuperchunk;
-  while (2 * size * size * probes <= chunks) size *= 2;
+  while (size * size <= chunks / probes / 2) size *= 2;  // 2 P P m <= C, without a product that overflows
   return size;
 }
 
@@ -26,13 +26,17 @@ int64_t balanced_superchunk(int64_t chunks, int64_t probes) {
 TwoLevelPlan plan_two_level(const Shape& s, std::optional<int64_t> superchunk_size,
                             std::optional<int64_t> probes) {
   const int64_t chunks = chunks_of(s);
-  // More slots or probes than chunks, and longer superchunks, are legal; they just never come to be.
-  const int64_t slots = std::clamp<int64_t>(s.top_k, 1, chunks + 1);
-  const int64_t wanted = probes.value_or(std::max(kFewestProbes, kProbesPerSlot * slots));
+  // More slots or probes than chunks, and longer superchunks, are legal; they just never come to be. So any
+  // number may come in here, and none is multiplied or added to before it is known to be small.
   const int64_t most = std::max<int64_t>(1, chunks);
+  const int64_t slots = std::clamp<int64_t>(s.top_k, 1, most);
+  const int64_t enough =
+      slots > most / kProbesPerSlot ? most : std::max(kFewestProbes, kProbesPerSlot * slots);
   TwoLevelPlan plan;
-  plan.probes = std::min(wanted, most);
-  plan.superchunk_size = std::min(superchunk_size.value_or(balanced_superchunk(chunks, wanted)), most + 1);
+  plan.probes = std::min(probes.value_or(enough), most);
+  const int64_t size =
+      superchunk_size.has_value() ? *superchunk_size : balanced_superchunk(chunks, plan.probes);
+  plan.superchunk_size = size > most ? most + 1 : size;
   plan.reason = chunks / plan.superchunk_size <= plan.probes
                     ? "no more superchunks than probes: the same as the exact search"
                     : "as many chunks inside the probed superchunks as centroids, up to a factor of two";

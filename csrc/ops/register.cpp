@@ -7,6 +7,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/stage_clock.h"
+#include "ops/checker.h"
 #include "ops/ops.h"
 #include "ops/tuning.h"
 
@@ -20,6 +21,11 @@ std::string build_info() {
 std::tuple<int64_t, int64_t> plan_two_level(int64_t context_length, int64_t chunk_size, int64_t top_k,
                                             std::optional<int64_t> superchunk_size,
                                             std::optional<int64_t> probes) {
+  const resona::ops::Checker check{"_plan_two_level"};
+  check.require(context_length >= 0, "context_length", "at least 0", std::to_string(context_length));
+  check.at_least_one("chunk_size", chunk_size);
+  if (superchunk_size.has_value()) check.at_least_one("superchunk_size", *superchunk_size);
+  if (probes.has_value()) check.at_least_one("probes", *probes);
   resona::Shape s{};
   s.context = context_length, s.chunk_size = chunk_size, s.top_k = top_k;
   const resona::TwoLevelPlan plan = resona::plan_two_level(s, superchunk_size, probes);
