@@ -133,8 +133,9 @@ class ChunkCache:
         self._sequence = torch.arange(batch, device=device)
         self.superchunks = None
         if search == "two_level":
-            sizes = (superchunk_size, probes)
-            self.superchunk_size = resona._plan_two_level(max_length, chunk_size, 1, *sizes)[0]
+            if superchunk_size is None:
+                sizes = (None, probes)
+                self.superchunk_size = resona._plan_two_level(max_length, chunk_size, 1, *sizes)[0]
             buffers = (self.chunk_embedding, self.open_sum)
             self.superchunks = Superchunks(self.superchunk_size, *buffers)
 

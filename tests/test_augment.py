@@ -249,6 +249,19 @@ def test_generate_gives_the_same_tokens_with_and_without_cache(kind, mode):
     assert not torch.equal(results[0], plain_generate(model, ids, **MODES[mode]))
 
 
+@pytest.mark.parametrize("length", [9, 250])
+@pytest.mark.parametrize(("chunk_size", "superchunk_size"), [(64, 16), (4, 70)])
+def test_generate_with_superchunks_that_a_first_cache_cannot_fill(
+    chunk_size, superchunk_size, length
+):
+    """It holds 256 tokens."""
+    settings = {"search": "two_level", "superchunk_size": superchunk_size, "probes": 1}
+    model, _ = augmented("mamba", num_heads=2, chunk_size=chunk_size, **settings)
+    ids, settings = tokens(length=length), {"max_new_tokens": 12, "do_sample": False}
+    got = model.generate(ids, **settings)
+    assert torch.equal(got, model.generate(ids, use_cache=False, **settings))
+
+
 def plain_generate(model, ids, **mode):
     copied = copy.deepcopy(model)
     copied._resona_augmentation.remove()

@@ -211,6 +211,18 @@ def test_superchunks_by_default_go_by_the_capacity(length, chunk_size, sizes):
 
 
 @pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("probes", [None, 2, 2**62])
+@pytest.mark.parametrize("size", [1, 9, 16, 2**62])
+def test_a_given_size_is_kept(size, probes):
+    """Also one that the capacity of eight chunks cannot fill."""
+    cache = ChunkCache(
+        2, 512, 1, 1, 1, 5, 64, search="two_level", superchunk_size=size, probes=probes
+    )
+    assert cache.superchunk_size == cache.superchunks.size == size
+    assert cache.superchunks.embedding.shape == (2, 8 // size, 1, 5)
+
+
+@pytest.mark.timeout(60, method="thread")
 @pytest.mark.parametrize("size", [None, 3, 2**62])
 def test_more_probes_than_chunks(size):
     """The exact search."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_layer import BASE, CASES, D_MODEL, HEADS, LAYOUT_CASES, inputs, last_token, make
 
+import resona_ext._layer_search as search_module
 from resona_ext import ChunkCache, Resona
 
 POOLED = [name for name in CASES if not callable(CASES[name].get("encoder"))]
@@ -79,6 +80,39 @@ def test_two_level_sizes_of_a_cache():
     layer.probes = 2
     out = in_pieces(layer, cache, [50, *range(50, 61)], *(t for t in (x, e, y)))
     torch.testing.assert_close(out, layer(x, e, y)[:, 50:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "superchunk_size", "length"),
+    [(64, 16, 512), (64, 64, 2048), (3, 2, 40), (3, 99, 2), (1, 2**62, 40)],
+)
+def test_a_given_superchunk_size_is_the_caches(chunk_size, superchunk_size, length, monkeypatch):
+    """Also one that the cache can never fill."""
+    sizes = {"superchunk_size": superchunk_size, "probes": 1}
+    layer = make(chunk_size=chunk_size, search="two_level", **sizes)
+    x, e, y = inputs(length=length)
+    found = []
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def recorded(*args, **settings):
+            out, aux = original(*args, **settings)
+            found.append(aux.indices)
+            return out, aux
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    spy(search_module, "retrieve_attend")
+    spy(ChunkCache, "prefill")
+    spy(ChunkCache, "step")
+    full = layer(x, e, y)
+    cache = layer.make_cache(2, length)
+    assert cache.superchunk_size == cache.superchunks.size == superchunk_size
+    cuts = [0, length // 2, *range(max(length - 9, length // 2), length + 1)]
+    out = in_pieces(layer, cache, cuts, x, e, y)
+    torch.testing.assert_close(out, full, rtol=0, atol=1e-12)
+    assert torch.equal(torch.cat(found[1:], dim=1), found[0])
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUT_CASES if name in POOLED])
