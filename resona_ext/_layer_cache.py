@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._layer_parts import first_real_token, require, rms_norm, roll_rows, score_scale_and_sink
+from ._layer_parts import (
+    first_real_token,
+    require,
+    rms_norm,
+    roll_rows,
+    score_scale_and_sink,
+    search_settings,
+)
 from .cache import ChunkCache
 from .ops import resona
 
@@ -36,7 +43,7 @@ def make_cache(
     inclusive = layer.eligibility == "inclusive"
     taps = max(layer.key_conv - 1, 0)
     room = max_length + int(inclusive)  # see `inclusive` of ChunkCache.prefill
-    superchunk_size = layer.superchunk_size
+    superchunk_size = search_settings(layer)["superchunk_size"]
     if layer.search == "two_level" and superchunk_size is None:
         # As a full forward over max_length tokens would choose it. Probes go with each call.
         where = (room, layer.chunk_size, layer.top_k)
@@ -119,7 +126,7 @@ def check_cache(layer: Resona, cache: ChunkCache, x: Tensor, cu_seqlens: Tensor 
         "chunk_size",
         "search",
     }
-    if layer.superchunk_size is not None:
+    if search_settings(layer)["superchunk_size"] is not None:
         settings.add("superchunk_size")
     wanted = {name: getattr(layer, name) for name in sorted(settings)}
     wanted |= {"carry_rows": taps, "carry_dim": layer.d_model if taps else 0}

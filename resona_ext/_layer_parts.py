@@ -230,6 +230,18 @@ def score_scale_and_sink(
     return layer.score_scale.to(wide), layer.sink.to(wide)
 
 
+def search_settings(layer: nn.Module) -> dict[str, object]:
+    """Keyword arguments of a search or a cache.
+
+    Sizes wait while the search is exact, so that the attribute `search` can be turned alone.
+    """
+    is_exact = layer.search == "exact"
+    sizes = {
+        name: None if is_exact else getattr(layer, name) for name in ("superchunk_size", "probes")
+    }
+    return {"search": layer.search, **sizes}
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases: 3 * d_model * hidden weights."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._layer_parts import require, rms_norm, roll_rows, score_scale_and_sink
+from ._layer_parts import require, rms_norm, roll_rows, score_scale_and_sink, search_settings
 from .cache import ChunkCache
 from .functional import attend, retrieve, retrieve_attend
 
@@ -39,7 +39,7 @@ def search_and_attend(
         out = attend(query, key, value, indices, sink=sink, **settings)
         return out, (indices < 0).flatten(2).all(dim=-1)
 
-    search = {name: getattr(layer, name) for name in ("search", "superchunk_size", "probes")}
+    search = search_settings(layer)
     context = rms_norm(e) if layer.normalize_embeddings else e
     if layer.encoders.is_pooled:
         out, aux = retrieve_attend(

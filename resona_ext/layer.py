@@ -86,8 +86,8 @@ class Resona(nn.Module):
         eligibility: "strict" searches chunks whose last token lies before the query (the paper);
             "inclusive" also the chunk that the query itself closes.
         search, superchunk_size, probes: as in `resona_ext.retrieve`: "two_level" trades recall for time
-            in long contexts. Attributes, turned at any time; of a cache that was made before, only probes
-            may be. Over a mesh the search is exact, and no cache can be made for another.
+            in long contexts. Attributes, turned at any time (the sizes wait while search is "exact"); of a
+            cache made before, only probes may be. Over a mesh the search is exact, and so must a cache's be.
         trainable_retrieval: False is the paper's hard mask: no gradient reaches the encoders, so
             they are frozen (`requires_grad=False`, those of a given module too). True adds
             score_scale [R], from 10, by which scores weigh their chunks, and sink [H], from 0, by

@@ -115,6 +115,34 @@ def test_a_given_superchunk_size_is_the_caches(chunk_size, superchunk_size, leng
     assert torch.equal(torch.cat(found[1:], dim=1), found[0])
 
 
+@pytest.mark.parametrize("sizes", [{"superchunk_size": 2}, {"probes": 1}, TWO_LEVEL], ids=str)
+def test_the_search_can_be_turned_and_back(sizes):
+    layer = make(**{"search": "two_level"} | sizes)
+    exact = make()
+    exact.load_state_dict(layer.state_dict())
+    x, e, y = inputs(length=40)
+    full = layer(x, e, y)
+    layer.search = "exact"
+    assert torch.equal(layer(x, e, y), exact(x, e, y))
+    cache = layer.make_cache(2, 40)
+    assert cache.superchunks is None
+    out = in_pieces(layer, cache, [0, *range(30, 41)], x, e, y)
+    torch.testing.assert_close(out, exact(x, e, y), rtol=0, atol=1e-12)
+    layer.search = "two_level"
+    with pytest.raises(ValueError, match="'search': 'two_level'"):
+        layer(x[:, :1], e[:, :1], y[:, :1], cache=cache)
+    assert torch.equal(layer(x, e, y), full)
+
+
+def test_an_encoder_of_ones_own_follows_the_search():
+    layer = make(encoder=last_token, **TWO_LEVEL)
+    exact = make(encoder=last_token)
+    exact.load_state_dict(layer.state_dict())
+    x, e, y = inputs(length=40)
+    layer.search = "exact"
+    assert torch.equal(layer(x, e, y), exact(x, e, y))
+
+
 @pytest.mark.parametrize("name", [name for name in LAYOUT_CASES if name in POOLED])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_prompt_then_steps_equal_single_runs(name, side):
