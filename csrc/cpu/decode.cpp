@@ -1,5 +1,6 @@
 // One new token per sequence: search its closed chunks (decode_search.cpp), attend to the finds, append it to
-// the cache. Attention is the stage of the full forward over sequences of one query: same order, same bits.
+// the cache. Indices and scores have the bits of the full forward. Attention is its stage over sequences of
+// one query: the same to rounding, since a long forward may attend chunk by chunk, a step query by query.
 #include "cpu/decode.h"
 
 #include <cmath>
