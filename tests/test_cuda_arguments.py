@@ -25,7 +25,7 @@ def on(device: str, arguments: dict) -> dict:
 
     def fake(t):
         with MODE:
-            return torch.empty(t.shape, dtype=t.dtype, device=device)
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
 
     return {k: fake(t) if isinstance(t, torch.Tensor) else t for k, t in arguments.items()}
 
