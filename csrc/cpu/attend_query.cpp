@@ -5,8 +5,8 @@
 //     for each query, each head: logit = <query, key>, softmax, out = weight value
 //                                fetch the same of the query after next
 //
-// Keys and values of a token lie in rows of [Hkv, D], so its heads are read one after another.
-// A row is done at once: no lists, no accumulators, and the output is written from its beginning to its end.
+// Keys and values of a token lie in rows of [Hkv, D], so its heads are read one after another. A row is done
+// at once: no lists, no accumulators, and the output is written from its beginning to its end.
 #include "cpu/attend_finish.h"
 #include "cpu/stage_clock.h"
 #include "cpu/stages.h"
@@ -82,8 +82,9 @@ class RowAttention {
     const int64_t batch = task_.sequence->batch, dim = p_.shape.head_dim;
     const int type = static_cast<int>(p_.key.dtype);
     A peak = -std::numeric_limits<A>::infinity(), total = 0;
-    std::fill_n(s_.sum.data(), dim, A(0));
-    if (chunks > 0) {
+    if (chunks == 0) {
+      std::fill_n(s_.sum.data(), dim, A(0));
+    } else {
       kernel.load_row(p_.query.dtype, p_.query.at(batch, query, head), s_.query.data(), dim);
       kernel.attend_row[type]({s_.chunks.data(), chunks, p_.shape.chunk_size, dim, s_.query.data(),
                                rows_of(p_.key, kv_head), rows_of(p_.value, kv_head),
