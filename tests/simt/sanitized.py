@@ -31,3 +31,11 @@ def run(cases: list[tuple[Case, list[Schedule]]]) -> dict[str, str]:
         harness.other_times.append(("asan build, to compile", compiled - begin))
     harness.other_times.append((f"asan build, {len(cases)} cases", time.perf_counter() - compiled))
     return {line["name"]: line["outcome"] for line in map(json.loads, lines)}
+
+
+def check(cases: list[tuple[Case, list[Schedule]]]) -> None:
+    """Every case runs, and nothing is reported."""
+    outcomes = run(cases)
+    assert len(outcomes) == len(cases)
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome}
+    assert not failed, "\n".join(f"{name}\n{outcome}" for name, outcome in failed.items())

@@ -355,10 +355,7 @@ def test_no_race_under_any_schedule(plain, race):
 
 def test_sanitizers(plain):
     cases = [with_expected(plain, case) for case in covering()]
-    outcomes = sanitized.run([(case, [SCHEDULES[i]]) for i, case in enumerate(cases)])
-    assert len(outcomes) == len(cases)
-    failed = {name: outcome for name, outcome in outcomes.items() if outcome}
-    assert not failed, "\n".join(f"{name}\n{outcome}" for name, outcome in failed.items())
+    sanitized.check([(case, [SCHEDULES[i]]) for i, case in enumerate(cases)])
 
 
 STEP = "__syncthreads();  // this step is there"

@@ -186,10 +186,7 @@ def test_every_schedule_gives_the_same_without_races(plain, race):
 
 def test_sanitizers(plain):
     made = covering(plain)
-    outcomes = sanitized.run([(case, SCHEDULES[::5]) for case in made])
-    assert len(outcomes) == len(made)
-    failed = {name: outcome for name, outcome in outcomes.items() if outcome}
-    assert not failed, "\n".join(f"{name}\n{outcome}" for name, outcome in failed.items())
+    sanitized.check([(case, SCHEDULES[::5]) for case in made])
 
 
 DROPPED = {

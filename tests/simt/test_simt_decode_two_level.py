@@ -196,10 +196,7 @@ def test_same_bits_under_every_schedule_without_races(plain, race):
 
 def test_sanitizers(plain):
     cases = [p.step(plain) for p in covering()]
-    outcomes = sanitized.run([(case, SCHEDULES[::7]) for case in cases])
-    assert len(outcomes) == len(cases)
-    failed = {name: outcome for name, outcome in outcomes.items() if outcome}
-    assert not failed, "\n".join(f"{name}\n{outcome}" for name, outcome in failed.items())
+    sanitized.check([(case, SCHEDULES[::7]) for case in cases])
 
 
 REFINE, APPEND = "decode_refine.cuh", "decode_append.cuh"

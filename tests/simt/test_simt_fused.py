@@ -329,6 +329,4 @@ def test_no_race_under_any_schedule(plain, race):
 
 
 def test_sanitizers(plain):
-    outcomes = sanitized.run([(problem.check(plain), SCHEDULES[::7]) for problem in covering()])
-    failed = {name: outcome for name, outcome in outcomes.items() if outcome}
-    assert not failed, "\n".join(f"{name}\n{outcome}" for name, outcome in failed.items())
+    sanitized.check([(problem.check(plain), SCHEDULES[::7]) for problem in covering()])

@@ -151,10 +151,7 @@ def test_same_bits_under_every_schedule_without_races(plain, race):
 
 def test_sanitizers(plain):
     cases = [*covering(plain), *wrong_values()]
-    outcomes = sanitized.run([(case, SCHEDULES[::9]) for case in cases])
-    assert len(outcomes) == len(cases)
-    failed = {name: outcome for name, outcome in outcomes.items() if outcome}
-    assert not failed, "\n".join(f"{name}\n{outcome}" for name, outcome in failed.items())
+    sanitized.check([(case, SCHEDULES[::9]) for case in cases])
 
 
 HEADER, TILE = "prefix_backward.cuh", "prefix_backward_tile.cuh"

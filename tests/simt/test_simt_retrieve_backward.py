@@ -354,10 +354,7 @@ def test_same_bits_under_every_schedule_without_races(plain, race):
 
 def test_sanitizers():
     cases = [*covering(), *with_wrong_cu_seqlens()]
-    outcomes = sanitized.run([(case, SCHEDULES[::5]) for case in cases])
-    assert len(outcomes) == len(cases)
-    failed = {name: outcome for name, outcome in outcomes.items() if outcome}
-    assert not failed, "\n".join(f"{name}\n{outcome}" for name, outcome in failed.items())
+    sanitized.check([(case, SCHEDULES[::5]) for case in cases])
 
 
 WAIT = "ptx::griddepcontrol_wait();\n  "

@@ -348,9 +348,7 @@ def test_no_race_under_any_schedule(race):
 
 
 def test_sanitizers():
-    outcomes = sanitized.run([(case, SCHEDULES[::5]) for case in covering()])
-    failed = {name: outcome for name, outcome in outcomes.items() if outcome}
-    assert not failed, "\n".join(f"{name}\n{outcome}" for name, outcome in failed.items())
+    sanitized.check([(case, SCHEDULES[::5]) for case in covering()])
 
 
 DROPPED = {
