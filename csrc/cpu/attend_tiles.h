@@ -18,7 +18,8 @@ class TileAttention {
     const int64_t rows = std::min(plan.query_range, s.queries) * (s.heads / s.kv_heads);
     const int64_t dim = width(s.head_dim), keys = padded_brick(plan.key_tile);
     queries_ = Buffer<uint16_t>(rows * dim);
-    spills_ = rows * dim * static_cast<int64_t>(sizeof(uint16_t) + sizeof(float)) > kSecondCache;
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(uint16_t) + sizeof(float));
+    spills_ = rows * row_bytes > kernel_.second_cache_bytes / 4 * 3;
     packed_ = Buffer<uint16_t>((padded_tile(plan.key_tile) + keys) * dim);
     scratch_ = Buffer<TileAttendScratch>(1);
     tile_size_ = (padded_tile(plan.key_tile) + keys) * dim;
@@ -96,7 +97,6 @@ class TileAttention {
   }
 
  private:
-  static constexpr int64_t kSecondCache = 3 << 19;  // of the smallest that comes with tiles, 2 MiB, most
   static constexpr int64_t kAhead = 8;
 
   static void fetch(const void* row, int64_t bytes) {

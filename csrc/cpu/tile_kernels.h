@@ -66,6 +66,7 @@ struct TileColumns {
 };
 
 struct TileKernels {
+  int64_t second_cache_bytes;  // of a core, at least, where these kernels run
   // Around the work of one thread: `saved` keeps what the tiles were configured for before.
   void (*begin)(void* saved);
   void (*end)(const void* saved);

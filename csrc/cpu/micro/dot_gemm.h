@@ -2,6 +2,8 @@
 // one broadcast of two depths of `a` meets 16 columns of a packed brick, and 32 products are added in
 // float32. Operands are packed as for tiles, a row of a brick is a vector.
 
+constexpr int64_t kSecondCache = 1 << 20;
+
 inline void tiles_begin(void*) {}
 
 // What was stored past the caches is seen by whoever waits for this thread.

@@ -3,6 +3,8 @@
 // results is kept (tiles 0-3), fed by two tiles of `a` (4, 5) and two of `b` (6, 7): four loads per four
 // products.
 
+constexpr int64_t kSecondCache = 2 << 20;
+
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
