@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import harness
 import numpy as np
+import planted
 import pytest
 import sanitized
 import torch
@@ -338,8 +339,7 @@ def test_race_build_notices_a_dropped_line_of_a_warp(old):
     sim = harness.mutant("race", "attend_backward.cpp", "attend_backward_lanes.cuh", old, "")
     p = Attention(torch.bfloat16, queries=150, context=800, top_k=2)
     case = Backward(p, item_blocks=1).case()
-    reports = r"race: |nobody has written|without griddepcontrol_wait"
-    with pytest.raises(sim.Error, match=reports):
+    with planted.reported(sim):
         for schedule in SCHEDULES[::3]:
             case.check(sim, schedule)
 
@@ -352,7 +352,6 @@ def test_race_build_notices_a_dropped_line(old):
         torch.bfloat16, queries=50, context=100, head_dim=136, chunk_size=33, top_k=2, bias=True
     )
     case = Backward(p, item_blocks=1).case()
-    reports = r"race: |nobody has written|without griddepcontrol_wait|in flight"
-    with pytest.raises(sim.Error, match=reports):
+    with planted.reported(sim):
         for schedule in SCHEDULES[:3]:
             case.check(sim, schedule)

@@ -5,6 +5,7 @@ import math
 
 import harness
 import numpy as np
+import planted
 import pytest
 import sanitized
 import torch
@@ -378,6 +379,6 @@ def test_race_build_notices_a_dropped_line(header, old, new):
     ahead = "the step before" not in old
     p = Problem(batch=1, queries=60, heads=6, head_dim=64, dtype=torch.bfloat16)
     case = attend_case(p, select(p), result="half", ahead=ahead, item_rows=200, blocks=1)
-    with pytest.raises(sim.Error, match=r"race: |nobody has written|in flight|griddepcontrol_wait"):
+    with planted.reported(sim):
         for schedule in SCHEDULES[::4]:
             run(sim, case, schedule)

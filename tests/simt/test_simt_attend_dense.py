@@ -4,6 +4,7 @@ import itertools
 import math
 
 import harness
+import planted
 import pytest
 import sanitized
 import torch
@@ -209,6 +210,5 @@ def test_race_build_notices_a_dropped_line(old, new):
     sim = harness.mutant("race", "attend_dense.cpp", "attend_dense.cuh", old, new)
     p = dense(lengths=[1300], chunk_size=50, heads=1, kv_heads=1, top_k=8)
     p.tensors["indices"][p.tensors["indices"] < 21] = -1  # nothing in the first window
-    message = r"race: |nobody has written|in flight|without griddepcontrol_wait"
-    with pytest.raises(sim.Error, match=message):
+    with planted.reported(sim):
         p.run(sim, case_of(p), ANY)

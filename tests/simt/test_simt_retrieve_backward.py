@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import harness
 import numpy as np
+import planted
 import pytest
 import sanitized
 import torch
@@ -370,6 +371,5 @@ def test_race_build_notices_a_dropped_line(old):
     new = old.removeprefix(WAIT)
     sim = harness.mutant("race", "retrieve_backward.cpp", "retrieve_backward.cuh", old, new)
     case = random_case(1, 60, 60, 1, 16, 4, 3, torch.float32, [40, 20], segment=8)
-    reports = r"race: |nobody has written|without griddepcontrol_wait|out of bounds"
-    with pytest.raises(sim.Error, match=reports):
+    with planted.reported(sim):
         case.check(sim, ANY)
