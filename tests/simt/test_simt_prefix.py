@@ -28,6 +28,7 @@ from prefix_cases import (
     name_of,
     planned,
     step_case,
+    wrong_values,
 )
 from prefix_support import Prefix
 
@@ -116,24 +117,8 @@ def test_offsets_beyond_32_bits(plain):
     forward_case(plain, p).check(plain, ANY)
 
 
-def wrong_values() -> list[Case]:
-    """Any numbers in cu_seqlens and prefix_lengths: no foreign memory."""
-    cases = []
-    sim = harness.build("plain")
-    for cu_seqlens in ([0, 90, 10, 61], [-7, 20, 2**31 - 1, 61], [5, 5, 5, 5], [9, 1, 40, -1]):
-        p = Prefix(lengths=[20, 30, 11], prefix_lengths=True, mask=True, state=True, dtype=F32)
-        case = forward_case(sim, p)
-        case.name += str(cu_seqlens)
-        case.inputs["cu_seqlens"] = np.array(cu_seqlens, np.int32)
-        case.inputs["prefix_lengths"] = np.array([-1, 2**31 - 1, -(2**31)], np.int32)
-        case.workspace |= case.expected
-        case.expected = {}
-        cases.append(case)
-    return cases
-
-
 def test_wrong_values_reach_no_foreign_memory(plain):
-    for case in wrong_values():
+    for case in wrong_values(plain, forward_case):
         case.check(plain, ANY)
 
 
@@ -216,7 +201,7 @@ def test_same_bits_under_every_schedule_without_races(plain, race):
 
 
 def test_sanitizers(plain):
-    cases = [*covering(plain), *wrong_values()]
+    cases = [*covering(plain), *wrong_values(plain, forward_case)]
     sanitized.check([(case, SCHEDULES[::9]) for case in cases])
 
 
