@@ -111,8 +111,12 @@ def assert_no_worse(
     error = (got - truth)[finite].abs().max().item()
     allowed = 2 * (plain - truth)[finite].abs().max().item()
     rounding += 4 * torch.finfo(torch.float32).eps * max(1.0, truth[finite].abs().max().item())
+    off = torch.where(finite, (got - truth).abs(), 0)
+    worst = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
     assert error <= allowed + rounding, (
-        f"{name}: error {error:.3e}, allowed {allowed + rounding:.3e}"
+        f"{name}: error {error:.3e}, allowed {allowed + rounding:.3e} and exceeded by "
+        f"{int((off > allowed + rounding).sum())} of {off.numel()}, worst at {worst}: "
+        f"{got[worst].item():.6g}, expected {truth[worst].item():.6g}"
     )
 
 

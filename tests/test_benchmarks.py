@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -309,7 +310,9 @@ class FakeClock:
     def __init__(self):
         self.log = []
 
-    def prepare(self, call):
+    def prepare(self, call, check=None):
+        if check is not None:
+            check(call())
         return call, "fake"
 
     def seconds(self, call):
@@ -344,6 +347,36 @@ def test_interleaved_goes_on_without_a_call_that_fails():
     timings, failed = timer.interleaved(calls, FakeClock(), timer.Budget(min_calls=2))
     assert list(timings) == ["fine"] and len(timings["fine"].samples) == 2
     assert str(failed["broken"]) == "out of luck"
+
+
+def test_interleaved_keeps_nothing_of_what_failed():
+    """The frames of an error hold the tensors of their case."""
+
+    class Held:
+        pass
+
+    held = Held()
+    gone = weakref.ref(held)
+
+    def broken(held=held):
+        raise RuntimeError("out of luck")
+
+    calls = {"broken": broken}
+    del held, broken
+    _, failed = timer.interleaved(calls, FakeClock(), timer.Budget(min_calls=1))
+    calls.clear()
+    assert failed["broken"].__traceback__ is None and gone() is None
+
+
+def test_interleaved_leaves_out_what_is_wrong_once_prepared():
+    def refuse(result):
+        raise ValueError(f"got {result}")
+
+    calls = {name: _taking(name, 1.0) for name in ("wrong", "right")}
+    checks = {"wrong": refuse, "right": lambda result: None}
+    budget = timer.Budget(min_calls=1, max_calls=1)
+    timings, failed = timer.interleaved(calls, FakeClock(), budget, checks=checks)
+    assert list(timings) == ["right"] and str(failed["wrong"]) == "got 1.0"
 
 
 def test_peak_bytes_sees_an_allocation():
@@ -512,6 +545,7 @@ def test_a_wrong_result_is_told_and_not_timed(monkeypatch, tmp_path):
     assert len(odd) == 2
     for row in odd:
         assert row["status"] == "wrong" and "median_ms" not in row
+        assert "worst at (" in row["reason"]
 
 
 def test_a_wrong_result_of_ours_fails_the_run(monkeypatch, tmp_path):
@@ -573,7 +607,9 @@ def test_the_cache_bounds_a_gpu_only():
     rates = {"copy": 1.0, "matmul_float32": 2.0, "gather_cache": 3.0}
     assert ceilings.speeds(rates, "float32", "cpu") == model.Speeds(1.0, 2.0)
     assert ceilings.speeds(rates, "float32", "cuda") == model.Speeds(1.0, 2.0, 3.0)
-    assert ceilings.speeds(rates | {"gather_cache": None}, "float32", "cuda") is None
+    assert ceilings.speeds(rates | {"gather_cache": None}, "float32", "cuda") == model.Speeds(
+        1.0, 2.0
+    )
     assert ceilings.speeds(rates, "bfloat16", "cpu") is None
 
 

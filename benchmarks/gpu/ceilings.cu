@@ -1,4 +1,5 @@
-// What the byte model of docs/kernels.md assumes, measured: one program, no torch, one JSON object on stdout.
+// What the byte model of docs/kernels.md assumes, measured: one program, no torch, on stdout one JSON object
+// a line for each figure as soon as it is known. A part that fails says so on stderr, and the others go on.
 //
 //   nvcc -O3 -std=c++17 -arch=native -I csrc benchmarks/gpu/ceilings.cu -o build/ceilings && build/ceilings
 //
@@ -18,6 +19,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -34,8 +36,7 @@ constexpr int kLaunches = 200, kChain = 20;
 
 void require(cudaError_t error, const char* step) {
   if (error == cudaSuccess) return;
-  std::fprintf(stderr, "ceilings: %s: expected success, got %s\n", step, cudaGetErrorString(error));
-  std::exit(1);
+  throw std::runtime_error(std::string(step) + ": expected success, got " + cudaGetErrorString(error));
 }
 
 // ---- kernels
@@ -131,35 +132,39 @@ struct Device {
   }
 };
 
-class Json {
- public:
-  ~Json() { std::printf("%s\n}\n", text_.c_str()); }
-  void add(const std::string& name, double value) {
-    char number[64];
-    std::snprintf(number, sizeof number, "%.6g", value);
-    text_ += (text_.size() > 1 ? ",\n \"" : "\n \"") + name + "\": " + number;
-  }
+void report(const std::string& name, double value) {
+  std::printf("{\"%s\": %.6g}\n", name.c_str(), value);
+  std::fflush(stdout);
+}
 
- private:
-  std::string text_ = "{";
-};
+// How many of the parts failed so far.
+int failures = 0;
+
+void attempt(const char* part, const std::function<void()>& measure) {
+  try {
+    measure();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "ceilings: %s: %s\n", part, error.what());
+    ++failures;
+  }
+}
 
 // ---- measurements
 
 template <int kVectors, bool kAsync>
-void gather(const Device& d, Json& json, const uint4* set, size_t megabytes, uint4* sink) {
+void gather(const Device& d, const uint4* set, size_t megabytes, uint4* sink) {
   const size_t row = kVectors * 16, total = size_t{2} << 30;
   const uint32_t rows = static_cast<uint32_t>((megabytes << 20) / row);
   const uint32_t items = static_cast<uint32_t>(total / row);
   const double seconds = d.time(
       [&] { gather_kernel<kVectors, kAsync><<<d.sms * 8, kThreads, 0, d.stream>>>(set, rows, items, sink); });
   const char* how = kAsync ? "cp_async" : "loads";
-  json.add("gather/" + std::string(how) + "/row" + std::to_string(row) + "/set" + std::to_string(megabytes) +
-               "MiB",
-           static_cast<double>(items) * row / seconds);
+  report("gather/" + std::string(how) + "/row" + std::to_string(row) + "/set" + std::to_string(megabytes) +
+             "MiB",
+         static_cast<double>(items) * row / seconds);
 }
 
-void partials(const Device& d, Json& json, uint4* set, size_t megabytes, uint4* sink) {
+void partials(const Device& d, uint4* set, size_t megabytes, uint4* sink) {
   const size_t count = (megabytes << 20) / 16, rounds = (size_t{1} << 30) / (megabytes << 20);
   const uint32_t rows = static_cast<uint32_t>(count / 16);
   const double seconds = d.time([&] {
@@ -168,17 +173,17 @@ void partials(const Device& d, Json& json, uint4* set, size_t megabytes, uint4* 
       gather_kernel<16, false><<<d.sms * 8, kThreads, 0, d.stream>>>(set, rows, rows, sink);
     }
   });
-  json.add("partials/set" + std::to_string(megabytes) + "MiB",
-           2.0 * static_cast<double>(rounds) * static_cast<double>(megabytes << 20) / seconds);
+  report("partials/set" + std::to_string(megabytes) + "MiB",
+         2.0 * static_cast<double>(rounds) * static_cast<double>(megabytes << 20) / seconds);
 }
 
-void mma(const Device& d, Json& json, uint4* sink) {
+void mma(const Device& d, uint4* sink) {
   constexpr int kRounds = 4096;
   for (const int warps : {4, 8, 16}) {
     const double seconds = d.time(
         [&] { mma_kernel<<<d.sms, warps * 32, 0, d.stream>>>(kRounds, reinterpret_cast<float*>(sink)); });
     const double flops = 2.0 * 16 * 8 * 16 * 8 * kRounds * warps * d.sms;
-    json.add("mma/m16n8k16_bf16/warps" + std::to_string(warps), flops / seconds);
+    report("mma/m16n8k16_bf16/warps" + std::to_string(warps), flops / seconds);
   }
 }
 
@@ -192,11 +197,11 @@ void launch_empty(cudaStream_t stream, bool dependent) {
   require(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(empty_kernel), nullptr), "launch");
 }
 
-void launches(const Device& d, Json& json) {
+void launches(const Device& d) {
   const double plain = d.time([&] {
     for (int i = 0; i < kLaunches; ++i) launch_empty(d.stream, false);
   });
-  json.add("launch/stream", plain / kLaunches);
+  report("launch/stream", plain / kLaunches);
   for (const bool dependent : {false, true}) {
     cudaGraph_t graph{};
     cudaGraphExec_t run{};
@@ -205,7 +210,7 @@ void launches(const Device& d, Json& json) {
     require(cudaStreamEndCapture(d.stream, &graph), "cudaStreamEndCapture");
     require(cudaGraphInstantiate(&run, graph, 0), "cudaGraphInstantiate");
     const double chain = d.time([&] { require(cudaGraphLaunch(run, d.stream), "cudaGraphLaunch"); });
-    json.add(dependent ? "launch/graph_chain_dependent" : "launch/graph_chain", chain / kChain);
+    report(dependent ? "launch/graph_chain_dependent" : "launch/graph_chain", chain / kChain);
     require(cudaGraphExecDestroy(run), "cudaGraphExecDestroy");
     require(cudaGraphDestroy(graph), "cudaGraphDestroy");
   }
@@ -215,36 +220,44 @@ void launches(const Device& d, Json& json) {
 
 int main() {
   Device d{};
-  int device = 0;
-  require(cudaGetDevice(&device), "cudaGetDevice");
-  require(cudaDeviceGetAttribute(&d.sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  require(cudaStreamCreate(&d.stream), "cudaStreamCreate");
-  require(cudaEventCreate(&d.begin), "cudaEventCreate");
-  require(cudaEventCreate(&d.end), "cudaEventCreate");
   constexpr size_t kLargeMb = 4096;
   uint4 *set = nullptr, *other = nullptr, *sink = nullptr;
-  require(cudaMalloc(reinterpret_cast<void**>(&set), kLargeMb << 20), "cudaMalloc");
-  require(cudaMalloc(reinterpret_cast<void**>(&other), kLargeMb << 20), "cudaMalloc");
-  require(cudaMalloc(reinterpret_cast<void**>(&sink), 1 << 20), "cudaMalloc");
-  write_kernel<<<d.sms * 8, kThreads, 0, d.stream>>>(set, (kLargeMb << 20) / 16);
-
-  Json json;
-  json.add("multiprocessors", d.sms);
-  const double copy = d.time([&] {
-    require(cudaMemcpyAsync(other, set, kLargeMb << 20, cudaMemcpyDeviceToDevice, d.stream),
-            "cudaMemcpyAsync");
+  attempt("device", [&] {
+    int device = 0;
+    require(cudaGetDevice(&device), "cudaGetDevice");
+    require(cudaDeviceGetAttribute(&d.sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    require(cudaStreamCreate(&d.stream), "cudaStreamCreate");
+    require(cudaEventCreate(&d.begin), "cudaEventCreate");
+    require(cudaEventCreate(&d.end), "cudaEventCreate");
+    require(cudaMalloc(reinterpret_cast<void**>(&set), kLargeMb << 20), "cudaMalloc");
+    require(cudaMalloc(reinterpret_cast<void**>(&other), kLargeMb << 20), "cudaMalloc");
+    require(cudaMalloc(reinterpret_cast<void**>(&sink), 1 << 20), "cudaMalloc");
+    write_kernel<<<d.sms * 8, kThreads, 0, d.stream>>>(set, (kLargeMb << 20) / 16);
+    require(cudaStreamSynchronize(d.stream), "write_kernel");
+    report("multiprocessors", d.sms);
   });
-  json.add("copy", 2.0 * static_cast<double>(kLargeMb << 20) / copy);
-  for (const size_t megabytes : {size_t{8}, size_t{16}, size_t{24}, size_t{32}, size_t{48}, kLargeMb}) {
-    gather<16, false>(d, json, set, megabytes, sink);
-    gather<16, true>(d, json, set, megabytes, sink);
-  }
-  for (const size_t megabytes : {size_t{16}, kLargeMb}) {
-    gather<32, true>(d, json, set, megabytes, sink);
-    gather<256, true>(d, json, set, megabytes, sink);
-  }
-  for (const size_t megabytes : {8, 16, 24, 32, 48, 128}) partials(d, json, other, megabytes, sink);
-  mma(d, json, sink);
-  launches(d, json);
-  return 0;
+  if (failures > 0) return 1;
+  attempt("copy", [&] {
+    const double copy = d.time([&] {
+      require(cudaMemcpyAsync(other, set, kLargeMb << 20, cudaMemcpyDeviceToDevice, d.stream),
+              "cudaMemcpyAsync");
+    });
+    report("copy", 2.0 * static_cast<double>(kLargeMb << 20) / copy);
+  });
+  attempt("gather", [&] {
+    for (const size_t megabytes : {size_t{8}, size_t{16}, size_t{24}, size_t{32}, size_t{48}, kLargeMb}) {
+      gather<16, false>(d, set, megabytes, sink);
+      gather<16, true>(d, set, megabytes, sink);
+    }
+    for (const size_t megabytes : {size_t{16}, kLargeMb}) {
+      gather<32, true>(d, set, megabytes, sink);
+      gather<256, true>(d, set, megabytes, sink);
+    }
+  });
+  attempt("partials", [&] {
+    for (const size_t megabytes : {8, 16, 24, 32, 48, 128}) partials(d, other, megabytes, sink);
+  });
+  attempt("mma", [&] { mma(d, sink); });
+  attempt("launch", [&] { launches(d); });
+  return failures > 0 ? 1 : 0;
 }

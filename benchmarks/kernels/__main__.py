@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from resona_ext.cli.errors import CliError
 from . import compare, plots, record, shapes, table
 from .baselines import Checkouts, all_baselines
 from .operators import OPERATORS
-from .runner import Plan, Runner
+from .runner import DeviceLost, Plan, Runner
 from .timer import Budget
 
 PROGRAM = "benchmarks.kernels"
@@ -32,6 +33,7 @@ ratio    time / time of resona, from calls in turns: above 1, resona is faster
 GB/s     every tensor read or written once; GFLOP/s and floor: the work that the contender needs
 floor    least time of the byte model at the measured ceilings / time
 MiB      memory beyond what was held before the call"""
+DEVICE_LOST = 3  # exit status
 SMOKE_BUDGET = Budget(seconds=0.0, min_calls=1, max_calls=1)
 
 
@@ -62,6 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="leave out calls that are foreseen to take longer (default: %(default)s)",
     )
+    add("--ceilings", type=Path, metavar="JSON", help="what benchmarks/gpu/ceilings.cu found here")
+    add("--parts", action="store_true", help="GPU: what our kernels take, by torch's profiler")
+    add("--resume", action="store_true", help="go on with the record that is there, of this build")
+    add("--no-plots", action="store_true", help="figures can be drawn from the record later")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add(
@@ -113,7 +119,19 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         output=arguments.output or Path("build/benchmarks") / scale,
         checkouts=checkouts,
         seed=arguments.seed,
+        ceilings=_measured(arguments.ceilings),
+        parts=device == "cpu" or arguments.parts,
     )
+
+
+def _measured(path: Path | None) -> dict:
+    """Figures of benchmarks/gpu/ceilings.cu, one JSON object or one a line."""
+    try:
+        text = path.read_text() if path else "{}"
+        pieces = [text] if text.startswith("{\n") else text.splitlines()
+        return {name: value for piece in pieces for name, value in json.loads(piece).items()}
+    except (OSError, ValueError) as error:
+        raise CliError(f"--ceilings {path}: {error}") from error
 
 
 def gpu_obstacle() -> str | None:
@@ -177,29 +195,38 @@ def _sweeps(arguments: argparse.Namespace, scale: str) -> list[shapes.Sweep]:
     return sweeps
 
 
-def run(plan: Plan, argv: Sequence[str]) -> int:
-    """Run the suite; 1 if a result of ours was wrong."""
+def run(plan: Plan, argv: Sequence[str], resume: bool = False, with_plots: bool = True) -> int:
+    """Run the suite; 1 if a result of ours was wrong, 3 if the GPU no longer works in this process."""
     _check_writable(plan.output)
     cases = list(plan.cases())
     status = table.Status(len(cases))
     runner = Runner(plan, record.header(list(argv), plan.device), status)
     _print_head(plan, runner.record, len(cases))
+    before = record.path_of(plan.output, "json")
+    if resume and before.exists() and not runner.record.resume(record.load(before)):
+        print(f"{before} is of another build or machine: from the beginning")
+    status.done = sum(runner.record.has(case.id) for _, case in cases)
     runner.measure_ceilings()
     status.clear()
     print(table.ceilings(runner.record.ceilings), flush=True)
     try:
-        for case, rows in runner.run():
+        for id, rows in runner.run():
             status.clear()
             status.done += 1
-            print(f"\n[{status.done}/{len(cases)}] {case.id}")
+            print(f"\n[{status.done}/{len(cases)}] {id}")
             print(*table.lines(rows), sep="\n", flush=True)
+    except DeviceLost as error:
+        print(
+            f"\nthe GPU no longer works in this process, after {error}; --resume goes on behind it"
+        )
+        return DEVICE_LOST
     except KeyboardInterrupt:
         status.clear()
         print(f"\ninterrupted: {status.done} of {len(cases)} cases are finished and kept")
         runner.record.write(plan.output)
-        _finish(runner, plan.output)
+        _finish(runner, plan.output, with_plots)
         raise
-    _finish(runner, plan.output)
+    _finish(runner, plan.output, with_plots)
     return 1 if runner.failures else 0
 
 
@@ -212,9 +239,11 @@ def _print_head(plan: Plan, kept: record.Record, cases: int) -> None:
         print(f"  {name}: {reason}")
 
 
-def _finish(runner: Runner, prefix: Path) -> None:
+def _finish(runner: Runner, prefix: Path, with_plots: bool) -> None:
     names = [str(record.path_of(prefix, ending)) for ending in ("json", "csv")]
-    if importlib.util.find_spec("matplotlib") is None:
+    if not with_plots:
+        print("no plots: --no-plots")
+    elif importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed (pip install matplotlib)")
     elif runner.record.rows:
         names += [str(path) for path in plots.save(runner.record.as_json(), prefix)]
@@ -258,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.compare is not None:
             return compare.run(arguments.compare, argv, arguments.rounds)
-        return run(plan, argv)
+        return run(plan, argv, arguments.resume, not arguments.no_plots)
     except CliError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2

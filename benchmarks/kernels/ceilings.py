@@ -2,6 +2,9 @@
 
 All of it through torch, on all its threads: the least that a kernel may be compared with. A ceiling can
 be beaten: the matrix product here is the library's, and a cache may serve what counts as memory.
+
+torch writes the rows that it gathers, to memory: on a GPU that is slower than reading them out of its cache.
+So the cache's rate there is that of benchmarks/gpu/ceilings.cu, where it has been run.
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ MATRIX = {"cpu": 2048, "cuda": 8192, "smoke": 64}
 GATHERED_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30, "smoke": 1 << 20}
 
 
-def measure(clock, dtypes: list[str], scale: str) -> dict:
-    """Bytes/s and FLOP/s. scale: "cpu", "cuda" or "smoke"."""
+CACHE_ROWS = "gather/loads/row256/set16MiB"  # of ceilings.cu
+
+
+def measure(clock, dtypes: list[str], scale: str, known: dict | None = None) -> dict:
+    """Bytes/s and FLOP/s. scale: "cpu", "cuda" or "smoke"; known: what ceilings.cu found."""
     device, rates = clock.device, {}
     words = MEMORY_BYTES[scale] // 4
     source = torch.randn(words, device=device)
@@ -31,7 +37,11 @@ def measure(clock, dtypes: list[str], scale: str) -> dict:
     amount = {"copy": 2 * MEMORY_BYTES[scale]}
     gathered = GATHERED_BYTES[scale] // ROW_BYTES
     received = torch.empty(gathered, ROW_BYTES // 4, device=device)
-    for name, size in (("gather_memory", MEMORY_BYTES), ("gather_cache", CACHE_BYTES)):
+    sets = {"gather_memory": MEMORY_BYTES, "gather_cache": CACHE_BYTES}
+    if device == "cuda":
+        del sets["gather_cache"]
+        rates["gather_cache"] = (known or {}).get(CACHE_ROWS)
+    for name, size in sets.items():
         rows = source[: size[scale] // 4].view(-1, ROW_BYTES // 4)
         index = torch.randint(rows.shape[0], (gathered,), device=device)
         calls[name] = partial(torch.index_select, rows, 0, index, out=received)
@@ -52,10 +62,11 @@ def measure(clock, dtypes: list[str], scale: str) -> dict:
 def speeds(rates: dict, dtype: str, device: str) -> model.Speeds | None:
     """The ceilings that the byte model wants; None if one could not be measured.
 
-    The cache's rate bounds a GPU only: model.Speeds says why.
+    The cache's rate bounds a GPU only: model.Speeds says why. Without it the floor is that of products and
+    memory.
     """
     copy, matmul = rates.get("copy"), rates.get(f"matmul_{dtype}")
     cache = rates.get("gather_cache") if device == "cuda" else None
-    if not copy or not matmul or (device == "cuda" and not cache):
+    if not copy or not matmul:
         return None
     return model.Speeds(copy=copy, matmul=matmul, cache=cache)

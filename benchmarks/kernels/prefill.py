@@ -123,7 +123,7 @@ def _fla_linear(s: Shape) -> Contender:
 class ProcessorClock(CpuClock):
     """Time that the process was given, for machines that others use as well; meant for one thread."""
 
-    def prepare(self, call: Call) -> tuple[Call, str]:
+    def prepare(self, call: Call, check=None) -> tuple[Call, str]:
         return call, "processor"
 
     def seconds(self, call: Call) -> float:

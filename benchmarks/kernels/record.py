@@ -7,6 +7,7 @@ interrupted run leaves the finished cases. `complete` tells whether the suite wa
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -33,6 +34,17 @@ class Record:
     selection: dict[str, dict] = field(default_factory=dict)  # case id -> data.locality
     rows: dict[str, dict] = field(default_factory=dict)  # id -> everything about one contender
     complete: bool = False
+
+    def resume(self, earlier: dict) -> bool:
+        """Goes on with the rows of an earlier record, if that was of the same build of the same commit."""
+        if not same_build(earlier["machine"], self.header):
+            return False
+        self.rows, self.selection = earlier["rows"], earlier["selection"]
+        self.ceilings = earlier["ceilings"]
+        return True
+
+    def has(self, case: str) -> bool:
+        return any(id.startswith(f"{case}/") for id in self.rows)
 
     def add(self, row: dict) -> None:
         self.rows[row["id"]] = {key: value for key, value in row.items() if key != "id"}
@@ -61,6 +73,11 @@ class Record:
         os.replace(temporary, target)
 
 
+def same_build(one: dict, other: dict) -> bool:
+    """By the headers of two records."""
+    return all(one.get(x) == other.get(x) for x in ("commit", "library", "device", "threads"))
+
+
 def path_of(prefix: Path, ending: str) -> Path:
     """Beside the prefix; a dot in its name is part of the name."""
     return prefix.with_name(f"{prefix.name}.{ending}")
@@ -82,6 +99,7 @@ def header(argv: list[str], device: str) -> dict:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m benchmarks.kernels " + shlex.join(map(_without_folder, argv)),
         "commit": commit(ROOT),
+        "library": library_hash(),
         "resona_ext": resona_ext.__version__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -104,17 +122,29 @@ def header(argv: list[str], device: str) -> dict:
 
 
 def commit(root: Path) -> str:
-    """The commit of the tree, "-dirty" behind it if files differ from it; "unknown" without git."""
+    """The commit of the tree, "-dirty" behind it if files differ from it; "unknown" without git.
+
+    A copy without its history may be told by RESONA_COMMIT.
+    """
+    if os.environ.get("RESONA_COMMIT"):
+        return os.environ["RESONA_COMMIT"]
     try:
         name = _git(root, "rev-parse", "--short=12", "HEAD")
         return name + ("-dirty" if _git(root, "status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def library_hash() -> str:
+    """Of the compiled operators: which build the figures are of."""
+    library = Path(resona_ext.__file__).parent / "libresona.so"
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    return done.stdout.strip()
 
 
 def _without_folder(argument: str) -> str:

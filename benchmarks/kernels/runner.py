@@ -16,7 +16,15 @@ from .data import Case
 from .operators import OPERATORS, OURS, Contender
 from .record import Record
 from .shapes import Sweep
-from .timer import Budget, Timing, clock_for, interleaved, is_out_of_memory
+from .timer import (
+    Budget,
+    Timing,
+    clean_up,
+    clock_for,
+    device_works,
+    interleaved,
+    is_out_of_memory,
+)
 
 # How the time of a contender grows with the length, to foresee calls that would take too long.
 GROWTH = {"dense": 2, "stage": 2}
@@ -36,6 +44,8 @@ class Plan:
     output: Path
     checkouts: Checkouts = field(default_factory=Checkouts)
     seed: int = 0
+    ceilings: dict = field(default_factory=dict)  # what benchmarks/gpu/ceilings.cu found
+    parts: bool = True  # of one more call of ours; on a GPU the profiler stays attached behind it
 
     def cases(self) -> Iterator[tuple[Sweep, Case]]:
         for sweep in self.sweeps:
@@ -47,6 +57,10 @@ class Plan:
                             sweep,
                             Case(sweep.operator, shape, pattern, dtype, self.device, self.seed),
                         )
+
+
+class DeviceLost(RuntimeError):
+    """A kernel of the case before did something that no kernel of this process survives."""
 
 
 class Runner:
@@ -61,16 +75,24 @@ class Runner:
     def measure_ceilings(self) -> None:
         dtypes = list(dict.fromkeys(d for sweep in self.plan.sweeps for d in sweep.dtypes))
         self.note("measuring copy, gather and matmul")
-        self.record.ceilings = ceilings.measure(self.clock, dtypes, self.plan.scale)
+        known = self.plan.ceilings
+        if not self.record.ceilings:  # else those of the record that is gone on with
+            self.record.ceilings = ceilings.measure(self.clock, dtypes, self.plan.scale, known)
 
-    def run(self) -> Iterator[tuple[Case, list[dict]]]:
-        """One case at a time with its finished rows; the record on disk is up to date by then."""
+    def run(self) -> Iterator[tuple[str, list[dict]]]:
+        """One case at a time, its id and its finished rows; the record on disk is up to date by then."""
         for sweep, case in self.plan.cases():
-            rows = self.run_case(sweep, case)
+            if self.record.has(case.id):
+                continue
+            rows, id = self.run_case(sweep, case), case.id
             for row in rows:
                 self.record.add(row)
             self.record.write(self.plan.output)
-            yield case, rows
+            del case  # its tensors go before those of the next one come
+            clean_up(self.plan.device)
+            yield id, rows
+            if any(row["status"] == "error" for row in rows) and not device_works(self.plan.device):
+                raise DeviceLost(id)
         self.record.complete = True
         self.record.write(self.plan.output)
 
@@ -85,6 +107,10 @@ class Runner:
                 begin = time.perf_counter()
                 result, peak = self.clock.peak_bytes(contender.call)
                 took = time.perf_counter() - begin
+                if took > self.plan.patience and case.device == "cuda":
+                    begin = time.perf_counter()  # the first call also compiled it
+                    self.clock.peak_bytes(contender.call)
+                    took = time.perf_counter() - begin
                 check = contender.check(result)
                 del result
                 row |= {"computes": contender.computes, "note": contender.note}
@@ -92,7 +118,7 @@ class Runner:
                 row["peak_mib"] = None if peak is None else peak / 2**20
                 if not check.passed:
                     row["status"] = "wrong"
-                    row["reason"] = f"error {check.error:.2e}, tolerance {check.tolerance:.0e}"
+                    row["reason"] = check.reason
                 elif name in self.plan.baselines and took > self.plan.patience:
                     row["status"] = "skipped"
                     row["reason"] = (
@@ -104,13 +130,14 @@ class Runner:
             except Exception as error:
                 self._fail(row, error)
         calls = {name: contender.call for name, contender in ready.items()}
-        timings, failed = interleaved(calls, self.clock, self.plan.budget, self.note)
+        checks = {name: _required(contender) for name, contender in ready.items()}
+        timings, failed = interleaved(calls, self.clock, self.plan.budget, self.note, checks)
         for name, error in failed.items():
             self._fail(rows[name], error)
         for name, timing in timings.items():
             rows[name] |= self._times(case, ready[name], timing, timings.get(OURS))
             self.history[self._key(case, name)] = (case.shape.length, timing.median)
-        if OURS in timings:
+        if OURS in timings and self.plan.parts:
             rows[OURS] |= self._parts(ready[OURS])
         ours = (row for name, row in rows.items() if name not in self.plan.baselines)
         self.failures += sum(row["status"] in ("wrong", "error") for row in ours)
@@ -222,6 +249,11 @@ class Runner:
             if speeds.cache:
                 facts["percent_of_cache"] = 100 * work.cached / seconds / speeds.cache
         return {name: x for name, x in facts.items() if x is None or _is_finite(x)}
+
+
+def _required(contender: Contender) -> Callable[[object], None]:
+    """Of what its graph computes: raises where that is wrong."""
+    return lambda result: contender.check(result).require()
 
 
 def _is_finite(value: object) -> bool:

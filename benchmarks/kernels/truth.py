@@ -29,10 +29,32 @@ DENSE_BLOCK = 8  # last rows and tokens of dense attention whose gradients are c
 class Check:
     error: float
     tolerance: float
+    where: str = ""  # the worst place
 
     @property
     def passed(self) -> bool:
         return self.error <= self.tolerance  # false for NaN
+
+    @property
+    def reason(self) -> str:
+        return ", ".join(
+            filter(None, [f"error {self.error:.2e}, tolerance {self.tolerance:.0e}", self.where])
+        )
+
+    def require(self) -> None:
+        if not self.passed:
+            raise ValueError(self.reason)
+
+
+def worst_place(got: Tensor, truth: Tensor, name: str = "") -> str:
+    """In words: where the two differ most, a NaN before all else."""
+    got = got.detach().to(truth.device)
+    if got.shape != truth.shape or got.numel() == 0:
+        return f"{name}shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    off = (got.double() - truth.double()).abs()
+    flat = int(off.nan_to_num(nan=math.inf).argmax())
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), off.shape))
+    return f"{name}worst at {place}: {got[place].item():.6g}, expected {truth[place].item():.6g}"
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
@@ -82,7 +104,7 @@ def dense_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> 
 def check_pool(case: Case, got: Tensor, exact: bool) -> Check:
     truth = reference.pool_chunks(case.context_embedding, case.shape.chunk_size)
     error = float((got.double() - truth.double()).abs().max())
-    return Check(error, 0.0 if exact else TOLERANCE[case.dtype_name])
+    return Check(error, 0.0 if exact else TOLERANCE[case.dtype_name], worst_place(got, truth))
 
 
 def check_search(case: Case, got: tuple[Tensor, Tensor], exact: bool) -> Check:
@@ -92,9 +114,11 @@ def check_search(case: Case, got: tuple[Tensor, Tensor], exact: bool) -> Check:
     used = indices >= 0
     if exact:
         error = float((reported.double() - scores.double())[used].abs().max())
-        return Check(error if torch.equal(found, indices) else math.inf, 0.0)
+        if torch.equal(found, indices):
+            return Check(error, 0.0, worst_place(reported[used], scores[used], "scores in use "))
+        return Check(math.inf, 0.0, _first_other(rows, found, indices))
     if not torch.equal(found >= 0, used):
-        return Check(math.inf, 0.0)
+        return Check(math.inf, 0.0, "slots in use: " + _first_other(rows, found >= 0, used))
     # What the chunks that were found really score, best first, against what the best ones score. A
     # chunk that is not eligible scores something else.
     chunk = reference.pool_chunks(case.context_embedding, s.chunk_size)
@@ -105,9 +129,21 @@ def check_search(case: Case, got: tuple[Tensor, Tensor], exact: bool) -> Check:
     return Check(float(max(errors)), 1e-5)
 
 
+def _first_other(rows: Tensor, found: Tensor, expected: Tensor) -> str:
+    """[B, n, R, k] of some rows: how many entries differ, and the first row that has one."""
+    other = found != expected
+    batch, n, head, _ = other.nonzero()[0].tolist()
+    got, wanted = (x[batch, n, head].tolist() for x in (found, expected))
+    place = f"row {int(rows[n])} of sequence {batch}, retrieval head {head}"
+    return (
+        f"{int(other.sum())} of {other.numel()} differ, first in {place}: {got}, expected {wanted}"
+    )
+
+
 def check_forward(case: Case, out: Tensor, computes: str) -> Check:
     """out [B, T, H, D]."""
-    return Check(relative_error(*_rows(case, out, computes)), TOLERANCE[case.dtype_name])
+    rows = _rows(case, out, computes)
+    return Check(relative_error(*rows), TOLERANCE[case.dtype_name], worst_place(*rows))
 
 
 def _rows(case: Case, out: Tensor, computes: str) -> tuple[Tensor, Tensor]:
@@ -156,4 +192,6 @@ def check_backward(case: Case, gradients: tuple[Tensor, ...], computes: str) -> 
     got = (gradients[0][:1, rows], gradients[1][:1, tokens], gradients[2][:1, tokens])
     expected = (truth[0], truth[1][:, tokens], truth[2][:, tokens])
     errors = [relative_error(g, t) for g, t in zip(got, expected, strict=True)]
-    return Check(float(torch.tensor(errors).max()), 2 * TOLERANCE[case.dtype_name])
+    worst = int(torch.tensor(errors).nan_to_num(nan=math.inf).argmax())
+    place = worst_place(got[worst], expected[worst], ("query ", "key ", "value ")[worst])
+    return Check(float(torch.tensor(errors).max()), 2 * TOLERANCE[case.dtype_name], place)

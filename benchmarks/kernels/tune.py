@@ -26,7 +26,7 @@ import torch
 from resona_ext.cli.errors import CliError
 
 from . import record, shapes, timer
-from .__main__ import gpu_obstacle
+from .__main__ import DEVICE_LOST, gpu_obstacle
 from .data import Case
 from .operators import OPERATORS
 from .table import duration
@@ -108,13 +108,12 @@ def sweep_case(sweep: Sweep, case: Case, clock, budget: timer.Budget) -> list[di
         row = {"field": sweep.field, "value": value, "default": default, "case": case.id}
         rows[str(value)] = row | {"status": "ok", "reason": ""}
         try:
-            check = contender.check(call())
-            if not check.passed:
-                raise ValueError(f"error {check.error:.2e}, tolerance {check.tolerance:.0e}")
+            contender.check(call()).require()
             calls[str(value)] = call
         except Exception as error:
             rows[str(value)] |= {"status": "failed", "reason": str(error)[:200]}
-    timings, failed = timer.interleaved(calls, clock, budget)
+    checks = dict.fromkeys(calls, lambda result: contender.check(result).require())
+    timings, failed = timer.interleaved(calls, clock, budget, checks=checks)
     for name, error in failed.items():
         rows[name] |= {"status": "failed", "reason": str(error)[:200]}
     base = timings[str(default)].median if str(default) in timings else None
@@ -137,27 +136,48 @@ def lines(rows: list[dict]) -> list[str]:
     return text
 
 
-def run(sweeps: list[Sweep], device: str, output: Path, seconds: float, argv: list[str]) -> int:
-    """All sweeps; 1 if a value gave a wrong result or none at all."""
-    clock = timer.clock_for(device)
-    budget = timer.Budget(seconds=seconds, min_calls=3, max_calls=50)
+def begin(device: str, output: Path, argv: list[str], resume: bool) -> dict:
+    """An empty record, or with the rows of the one that is there, if that is of this build."""
     header = record.header(argv, device)
     header["command"] = header["command"].replace(
         "benchmarks.kernels", "benchmarks.kernels.tune", 1
     )
     done = {"schema": record.SCHEMA, "complete": False, "machine": header, "rows": []}
     output.parent.mkdir(parents=True, exist_ok=True)
+    if resume and output.exists():
+        earlier = record.load(output)
+        if record.same_build(earlier["machine"], header):
+            done["rows"] = earlier["rows"]
+    return done
+
+
+def run(
+    sweeps: list[Sweep], device: str, output: Path, seconds: float, argv: list[str], resume: bool
+) -> int:
+    """All sweeps; 1 if a value gave a wrong result or none at all, 3 if the GPU no longer works."""
+    clock = timer.clock_for(device)
+    budget = timer.Budget(seconds=seconds, min_calls=3, max_calls=50)
+    done = begin(device, output, argv, resume)
+    known = {(row["field"], row["case"]) for row in done["rows"]}
     for sweep in sweeps:
         for shape in sweep.cases:
             case = Case(sweep.operator, shape, "random", "bfloat16", device)
+            if (sweep.field, case.id) in known:
+                continue
             try:
                 rows = sweep_case(sweep, case, clock, budget)
             except Exception as error:  # out of memory, say: the other cases go on
                 rows = [{"field": sweep.field, "value": sweep.values[0], "default": None}]
                 rows[0] |= {"case": case.id, "status": "failed", "reason": str(error)[:200]}
+            del case
+            timer.clean_up(device)
             print(*lines(rows), sep="\n", flush=True)
             done["rows"] += rows
             record.replace_file(output, json.dumps(done, indent=1) + "\n")
+            failed = any(row["status"] == "failed" for row in rows)
+            if failed and not timer.device_works(device):
+                print("the GPU no longer works in this process; --resume goes on behind this case")
+                return DEVICE_LOST
     done["complete"] = True
     record.replace_file(output, json.dumps(done, indent=1) + "\n")
     print(f"wrote {output}")
@@ -180,6 +200,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--smoke", action="store_true", help="tiny shapes, for function, not for time")
     add("--seconds", type=float, default=0.3, help="per value and case (default: %(default)s)")
+    add("--resume", action="store_true", help="go on with the record that is there, of this build")
     add("--output", type=Path, default=Path("build/benchmarks/tune.json"))
     return parser.parse_args(argv)
 
@@ -197,7 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [sweep for sweep in SWEEPS if not options.fields or sweep.field in options.fields]
         if options.smoke or options.device == "cpu":
             chosen = [_smoke(sweep) for sweep in chosen]
-        return run(chosen, options.device, options.output, options.seconds, argv)
+        seconds, resume = options.seconds, options.resume
+        return run(chosen, options.device, options.output, seconds, argv, resume)
     except CliError as error:
         print(f"benchmarks.kernels.tune: error: {error}", file=sys.stderr)
         return 2

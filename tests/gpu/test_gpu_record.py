@@ -80,4 +80,4 @@ def test_ceilings_compile_and_refuse_to_guess(tmp_path):
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([program], capture_output=True, text=True, env=hidden)
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("ceilings: cudaGetDevice: expected success, got ")
+    assert result.stderr.startswith("ceilings: device: cudaGetDevice: expected success, got ")

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..data import Case
 from . import Baseline, Checkouts, Forward
 
-# Building a block mask looks at every (query, token) pair: 2 s at 4,096 tokens, 16 times that at 16,384.
+# Building a block mask looks at every (query, token) pair: 2 s at 4,096 tokens, 16 times that at 16,384. On a
+# GPU torch holds 25 bytes for each meanwhile, 100 GB at 65,536.
 CPU_LENGTH = 4096
-GPU_LENGTH = 65536
+GPU_LENGTH = 16384
 
 
 @cache
