@@ -308,8 +308,7 @@ static __global__ void __launch_bounds__(IndexPlaceConfig::kThreads) index_place
   const IndexBlock b(p, shared);
   const int thread = threadIdx.x;
   for (int i = thread; i < b.strips * kIndexColumns; i += IndexPlaceConfig::kThreads) b.totals[i] = 0;
-  if (b.tiles > 0)
-    for (int i = thread; i < p.tiles.pitch; i += IndexPlaceConfig::kThreads) b.next[i] = 0;
+  for (int i = thread; i < p.tiles.pitch; i += IndexPlaceConfig::kThreads) b.next[i] = 0;
   __syncthreads();  // zeros are there
   ptx::griddepcontrol_wait();
   for (int i = thread; i < b.tiles * kIndexQueries; i += IndexPlaceConfig::kThreads) {

@@ -35,6 +35,8 @@ def cases(case: type[Case]) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield case("decode_step", "small", dtype, small=True)
         yield case("decode_step", "grouped", dtype, L=400, R=1, S=16, k=6, H=16, D=128)
+        longer = dict(L=1024, R=1, S=64, k=8, D=64, small=dtype != torch.float16)
+        yield case("decode_step", "chunks of 64", dtype, **longer)
         yield case("decode_step", "scored", dtype, L=300, S=3, k=70, contents="zipf")
         yield case("decode_step", "wide heads", dtype, L=120, S=5, D=200)
         yield case(

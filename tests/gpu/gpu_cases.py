@@ -38,7 +38,13 @@ def _cases() -> Iterator[Case]:
             yield Case(op, "aligned", dtype, L=340, R=1, E=128, S=16, k=8)
         for contents in ("repeated", "permuted", "zipf", "four_letters", "two_letters"):
             yield Case("retrieve", contents, dtype, B=1, L=300, E=32, S=5, k=8, contents=contents)
-        yield Case("retrieve", "many slots", dtype, B=1, L=220, S=2, k=100, contents="zipf")
+        many = dict(B=1, L=220, S=2, k=100, contents="zipf")
+        yield Case("retrieve", "many slots", dtype, **many, small=dtype == BF16)
+        # More slots than candidates: every chunk is scored canonically. Few queries: blocks share the chunks.
+        exact = dict(B=1, L=300, S=1, k=250, R=1, E=16, contents="zipf", small=dtype != F16)
+        yield Case("retrieve", "more slots than candidates", dtype, **exact)
+        split = dict(B=1, L=1100, T=8, S=1, k=8, R=1, E=32, small=dtype != F16)
+        yield Case("retrieve", "few queries, many chunks", dtype, **split)
     for op in ("pool_chunks", "retrieve"):
         for layout in LAYOUTS:
             small = layout in ("rows apart", "offset")
@@ -76,11 +82,12 @@ def _cases() -> Iterator[Case]:
         for op in ("attend", "fused_retrieve_attend"):
             yield Case(op, "small", dtype, small=True)
             yield Case(op, "packed", dtype, lengths=PACKED, small=True)
-            yield Case(op, "chunk by chunk", dtype, L=340, S=16, k=4, D=64, small=dtype == BF16)
+            yield Case(op, "chunk by chunk", dtype, L=340, S=16, k=4, D=64, small=True)
             yield Case(op, "one chunk each", dtype, L=340, S=16, k=1, D=64, Hkv=4)
             yield Case(op, "grouped", dtype, L=200, R=1, S=4, k=8, H=16, D=128, small=dtype == BF16)
             yield Case(op, "wide heads", dtype, L=120, S=5, D=200)
-            yield Case(op, "longer chunks", dtype, B=1, L=900, T=300, S=100, k=3, R=1, D=72)
+            longer = dict(B=1, L=900, T=300, S=100, k=3, R=1, D=72, small=dtype != F16)
+            yield Case(op, "longer chunks", dtype, **longer)
         yield Case("fused_retrieve_attend", "scored", dtype, L=150, S=8)
         yield Case("fused_retrieve_attend", "not finite", dtype, L=90, S=2, spoil=not_finite)
         # More tiles of queries than any GPU runs at once: the search attends to what it finds.

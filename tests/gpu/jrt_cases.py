@@ -32,8 +32,10 @@ def cases(case: type[Case]) -> Iterator[Case]:
         yield whole("the paper's sizes", dtype, L=300, S=150, E=16, D=64)
         yield whole("everything", dtype, L=200, S=100, small=dtype == torch.bfloat16)
         yield whole("packed", dtype, lengths=(17, 0, 3, 80, 1), small=dtype == torch.float16)
-        yield whole("pieces", dtype, B=1, H=1, L=1200, S=1100)
-        yield whole("slices", dtype, B=1, L=90, S=70, E=32, D=128)
+        pieces = dict(B=1, H=1, L=1200, S=1100, small=dtype == torch.bfloat16)
+        yield whole("pieces", dtype, **pieces)
+        slices = dict(B=1, L=90, S=70, E=32, D=128, small=dtype == torch.float32)
+        yield whole("slices", dtype, **slices)
         yield case("prefix_linear_attention_step", "everything", dtype, E=16, D=64, small=True)
     for layout in ("rows apart", "heads first", "last apart", "offset"):
         yield whole(layout, torch.bfloat16, L=100, S=60, layout=layout, small=layout == "offset")

@@ -127,6 +127,13 @@ def test_equals_a_stable_sort(plain, batch, queries, context, heads, top_k, chun
 every_path = pytest.mark.parametrize("digit_bits", [QUICK, 11], ids=["quick", "sort"])
 
 
+@every_path
+def test_no_queries_no_reads_of_what_nobody_wrote(race, digit_bits):
+    """Gradients of no rows: every list is empty."""
+    indices = random_indices(2, 0, 2, 3, 12)
+    index_case(indices, 40, 4, digit_bits=digit_bits).check(race, ANY)
+
+
 def test_many_chunks_take_two_passes(plain):
     indices = random_indices(1, 3000, 1, 2, 3000)
     index_case(indices, 3000, 1, digit_bits=11).check(plain, ANY)
