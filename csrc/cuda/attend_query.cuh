@@ -64,7 +64,7 @@ struct QueryPacks {
       if (row == nullptr || element(i) >= dim)
         at[i].clear();
       else if constexpr (Config::kVector)
-        at[i].words = ptx::ld_global_nc_evict_normal_v4(row + element(i));
+        at[i].words = ptx::ld_global_v4(row + element(i));
       else
         at[i].load(row + element(i));
     }

@@ -57,7 +57,7 @@ struct QueryMmaStorage {
 };
 
 __device__ __forceinline__ uint4 load_16_bytes(const void* row, bool exists) {
-  return exists ? ptx::ld_global_nc_evict_normal_v4(row) : make_uint4(0, 0, 0, 0);
+  return exists ? ptx::ld_global_v4(row) : make_uint4(0, 0, 0, 0);
 }
 
 // The operand A of S^T = K Q^T: a slice of 16 keys.

@@ -21,8 +21,8 @@ __device__ __forceinline__ double canonical_product(const T* a, const T* b, int 
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       if constexpr (kVector) {
-        x[i].words = ptx::ld_global_nc_evict_normal_v4(a + e + i * kSize);
-        y[i].words = ptx::ld_global_nc_evict_normal_v4(b + e + i * kSize);
+        x[i].words = ptx::ld_global_v4(a + e + i * kSize);
+        y[i].words = ptx::ld_global_v4(b + e + i * kSize);
       } else {
         x[i].load(a + e + i), y[i].load(b + e + i);
       }

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -14,10 +15,7 @@ namespace resona::cuda {
 namespace {
 
 constexpr int kPtxWithDependentLaunch = 90;
-
-std::string text_of(const Grid& g) {
-  return "[" + std::to_string(g.x) + ", " + std::to_string(g.y) + ", " + std::to_string(g.z) + "]";
-}
+constexpr int64_t kSharedWithoutOptIn = 48 << 10;  // static and dynamic
 
 // What helps where the library holds nothing that the device can run.
 std::string remedy(cudaError_t error) {
@@ -41,15 +39,6 @@ void require(cudaError_t error, const char* step, const Launch& l) {
                            cudaGetErrorName(error) + ": " + cudaGetErrorString(error) + remedy(error));
 }
 
-void check_grid(const Launch& l) {
-  const Grid& g = l.grid;
-  const int64_t most_x = (int64_t{1} << 31) - 1, most_yz = (1 << 16) - 1;
-  if (g.x <= most_x && g.y <= most_yz && g.z <= most_yz) return;
-  throw std::runtime_error("resona::cuda: " + std::string(l.name) +
-                           ": expected a grid of at most [2147483647, 65535, 65535] blocks, got " +
-                           text_of(g) + " (plan: " + l.plan + ")");
-}
-
 struct Facts {
   bool known = false;
   bool waits = false;        // griddepcontrol.wait is in the image that runs
@@ -69,7 +58,8 @@ bool prepare(const Launch& l, int device, const void* kernel) {
     cudaFuncAttributes attributes{};
     require(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes", l);
     facts.waits = attributes.ptxVersion >= kPtxWithDependentLaunch;
-    facts.shared_bytes = attributes.maxDynamicSharedSizeBytes;
+    const int64_t fixed = static_cast<int64_t>(attributes.sharedSizeBytes);
+    facts.shared_bytes = std::min<int64_t>(attributes.maxDynamicSharedSizeBytes, kSharedWithoutOptIn - fixed);
     facts.known = true;
   }
   if (l.shared_bytes > facts.shared_bytes) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/launch.h"
 
@@ -21,5 +23,18 @@ struct Launch {
   bool dependent = false;
   const char* plan = "";
 };
+
+inline std::string text_of(const Grid& g) {
+  return "[" + std::to_string(g.x) + ", " + std::to_string(g.y) + ", " + std::to_string(g.z) + "]";
+}
+
+inline void check_grid(const Launch& l) {
+  const Grid& g = l.grid;
+  const int64_t most_x = (int64_t{1} << 31) - 1, most_yz = (1 << 16) - 1;
+  if (g.x <= most_x && g.y <= most_yz && g.z <= most_yz) return;
+  throw std::runtime_error("resona::cuda: " + std::string(l.name) +
+                           ": expected a grid of at most [2147483647, 65535, 65535] blocks, got " +
+                           text_of(g) + " (plan: " + l.plan + ")");
+}
 
 }  // namespace resona::cuda

@@ -35,7 +35,7 @@ struct Pack<T, true> {
     T at[kSize];
   };
 
-  __device__ __forceinline__ void load(const T* from) { words = ptx::ld_global_nc_v4(from); }
+  __device__ __forceinline__ void load(const T* from) { words = ptx::ld_global_no_allocate_v4(from); }
   __device__ __forceinline__ void store(T* to) const { ptx::st_global_v4(to, words); }
   __device__ __forceinline__ void clear() { words = make_uint4(0, 0, 0, 0); }
 };

@@ -122,7 +122,10 @@ class CudaBackend final : public Backend {
 
 bool has_cuda() { return true; }
 
-bool is_capturing(const Tensor& t) { return cuda::is_capturing(current_stream(t)); }
+bool is_capturing(const Tensor& t) {
+  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());  // a null stream is the device's
+  return cuda::is_capturing(current_stream(t));
+}
 
 std::unique_ptr<Backend> make_cuda_backend(const Tensor& like) { return std::make_unique<CudaBackend>(like); }
 

@@ -94,6 +94,11 @@ CASES = [
     ),
     Planted("barrier_in_branch", _same, dict.fromkeys(("plain", "race"), "divergent barrier")),
     Planted("blocks_collide", lambda x: x[[0, 0]], {"race": "of another block"}, 2, outputs=2),
+    Planted(
+        "too_much_shared",
+        _same,
+        dict.fromkeys(("plain", "race"), "bytes of static and dynamic shared memory, the limit is"),
+    ),
     Planted("writes_input", _same, {"race": "writes to the input 'in'"}),
     Planted("stack_overflow", _same, {"plain": "faults at address"}),
 ]

@@ -1,26 +1,32 @@
 // Loads and stores that C++ does not express, and atomics with their memory order spelled out.
-// PTX ISA: "Data Movement and Conversion Instructions: ld, ld.global.nc, st", "Memory Consistency Model".
+// PTX ISA: "Data Movement and Conversion Instructions: ld, st", "Memory Consistency Model".
+//
+// Nothing here is ld.global.nc, which promises that nobody writes while the kernel is alive: one launched
+// early is alive while the kernel before it writes, and a load that may pass griddepcontrol.wait would read
+// too soon.
 #pragma once
 
 #include "cuda/device.cuh"
 
 namespace resona::cuda::ptx {
 
-// Reads once what no kernel under way writes: past the L1, which it would only sweep out.
-__device__ __forceinline__ uint4 ld_global_nc_v4(const void* from) {
+// Of what is read once: past the L1, which it would only sweep out.
+__device__ __forceinline__ uint4 ld_global_no_allocate_v4(const void* from) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
+               : "l"(from)
+               : "memory");
   return x;
 }
 
 // The same through the L1: other rows of the block may want it too.
-__device__ __forceinline__ uint4 ld_global_nc_evict_normal_v4(const void* from) {
+__device__ __forceinline__ uint4 ld_global_v4(const void* from) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::evict_normal.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
+               : "l"(from)
+               : "memory");
   return x;
 }
 

@@ -76,7 +76,7 @@ __global__ void row_out_of_bounds(Params p) {
 
 __global__ void vector_out_of_bounds(Params p) {
   if (threadIdx.x >= kThreads / 4) return;
-  const uint4 x = ptx::ld_global_nc_v4(p.in + 4 * (threadIdx.x + (p.bug ? 1 : 0)));
+  const uint4 x = ptx::ld_global_no_allocate_v4(p.in + 4 * (threadIdx.x + (p.bug ? 1 : 0)));
   ptx::st_global_v4(p.out + 4 * threadIdx.x, x);
 }
 
@@ -166,7 +166,7 @@ __global__ void uninitialised_counter(Params p) {
 
 __global__ void misaligned_load(Params p) {
   if (threadIdx.x > 0) return;
-  ptx::st_global_v4(p.out, ptx::ld_global_nc_v4(p.in + (p.bug ? 1 : 0)));
+  ptx::st_global_v4(p.out, ptx::ld_global_no_allocate_v4(p.in + (p.bug ? 1 : 0)));
 }
 
 __global__ void misaligned_pointer(Params p) {
@@ -245,6 +245,20 @@ void run(const simt::Arguments& a) {
   simt::launch({"planted", blocks, dim3(kThreads)}, [p] { kKernel(p); });
 }
 
+// out[t] = in[t], with all the dynamic memory that there is; with the bug and a static variable beside it.
+__global__ void much_shared(Params p) {
+  if (p.bug) {
+    RESONA_SHARED(Tile, tile);
+    tile.at[threadIdx.x] = p.in[threadIdx.x];
+  }
+  p.out[threadIdx.x] = p.in[threadIdx.x];
+}
+
+void run_much_shared(const simt::Arguments& a) {
+  const Params p{a.array<uint32_t>("in"), a.array<uint32_t>("out"), nullptr, a.integer("bug") != 0};
+  simt::launch({"planted", dim3(1), dim3(kThreads), 227 << 10}, [p] { much_shared(p); });
+}
+
 void run_dependent(const simt::Arguments& a) {
   const Params p{a.array<uint32_t>("in"), a.array<uint32_t>("out"), a.array<uint32_t>("work"),
                  a.integer("bug") != 0};
@@ -278,6 +292,7 @@ const simt::Registration registrations[] = {
     {"writes_input", run<writes_input>},
     {"stack_overflow", run<stack_overflow>},
     {"dependent_reads_early", run_dependent},
+    {"too_much_shared", run_much_shared},
 };
 
 }  // namespace

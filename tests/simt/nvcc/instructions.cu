@@ -53,8 +53,8 @@ __global__ void instructions_kernel(uint32_t* out, const uint4* in, float* sums,
   sum += ptx::atom_exch_relaxed_gpu(out, sum) + ptx::atom_cas_acq_rel_gpu(out, 1, sum);
   ptx::st_relaxed_gpu(out + 2, sum);
   ptx::st_release_gpu(out + 3, sum);
-  ptx::st_global_v4(out + 4, ptx::ld_global_nc_v4(in));
-  ptx::st_global_v4(out + 8, ptx::ld_global_nc_evict_normal_v4(in));
+  ptx::st_global_v4(out + 4, ptx::ld_global_no_allocate_v4(in));
+  ptx::st_global_v4(out + 8, ptx::ld_global_v4(in));
   ptx::griddepcontrol_launch_dependents();
 }
 

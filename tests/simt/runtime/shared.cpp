@@ -63,6 +63,11 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, const char*
   const char* limit = reinterpret_cast<char*>(arena(block)) + kRedZone + kStaticLimit;
   if (begin + bytes > limit)
     fail(std::string("static shared variable '") + name + "': more than 48 KiB in all");
+  size_t all = bytes;
+  for (const Region& region : block.shared) all += region.bytes;
+  if (all > kSharedLimit)
+    fail(std::string("static shared variable '") + name + "': " + std::to_string(all) +
+         " bytes of static and dynamic shared memory, the limit is " + std::to_string(kSharedLimit));
   found = &block.shared.emplace_back();
   found->begin = begin;
   found->bytes = bytes;

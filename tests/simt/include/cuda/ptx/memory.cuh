@@ -5,15 +5,15 @@
 
 namespace resona::cuda::ptx {
 
-inline uint4 ld_global_nc_v4(const void* from, simt::Site site = simt::Site::here()) {
+inline uint4 ld_global_no_allocate_v4(const void* from, simt::Site site = simt::Site::here()) {
   uint4 x;
-  simt::load("ld_global_nc_v4", &x, from, sizeof x, site);
+  simt::load("ld_global_no_allocate_v4", &x, from, sizeof x, site);
   return x;
 }
 
-inline uint4 ld_global_nc_evict_normal_v4(const void* from, simt::Site site = simt::Site::here()) {
+inline uint4 ld_global_v4(const void* from, simt::Site site = simt::Site::here()) {
   uint4 x;
-  simt::load("ld_global_nc_evict_normal_v4", &x, from, sizeof x, site);
+  simt::load("ld_global_v4", &x, from, sizeof x, site);
   return x;
 }
 
