@@ -6,7 +6,8 @@
 #   benchmarks/gpu_smoke.sh                      all steps in at most 9 minutes, into build/gpu-smoke.json
 #   benchmarks/gpu_smoke.sh --help               the options
 #
-# PYTHON picks the interpreter. Exit status: 0 all passed, 1 something failed or was not reached, 2 no CUDA device.
+# PYTHON picks the interpreter. Exit status: 0 all passed, 1 something failed or was not reached, 2 no CUDA device,
+# 143 stopped by SIGTERM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-}

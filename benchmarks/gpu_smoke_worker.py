@@ -9,16 +9,21 @@ import argparse
 import faulthandler
 import hashlib
 import json
+import math
 import platform
 import sys
 import time
 import traceback
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
 
 import torch  # noqa: E402
+
+WARM_UP_SECONDS = 120
+GRAPHS = ("graph", "replays")  # modes of jobs that capture one
 
 
 def machine() -> dict:
@@ -98,15 +103,33 @@ def _covered(architectures: list[str]) -> bool:
     return False
 
 
-def jobs(options: argparse.Namespace) -> int:
-    """Runs jobs from number `first` on, and says of each when it begins and how it ended."""
+def in_turns(jobs: list) -> list:
+    """One job of every operator after the other, so that each comes early, whatever becomes of one."""
+    by_operator: dict[str, list] = {}
+    for job in jobs:
+        by_operator.setdefault(job.case.op, []).append(job)
+    turns = zip_longest(*by_operator.values())
+    return [job for turn in turns for job in turn if job is not None]
+
+
+def choose(options: argparse.Namespace) -> list:
+    """The same list for the same options, whatever operators are skipped: jobs have numbers."""
     import gpu_cases
 
+    chosen = gpu_cases.jobs(options.device, options.small)
+    if options.wrong:
+        chosen = [job for job in chosen if job.wrong]
+    if options.no_graphs:
+        chosen = [job for job in chosen if job.mode not in GRAPHS]
+    return in_turns(chosen)
+
+
+def jobs(options: argparse.Namespace) -> int:
+    """Runs jobs from number `first` on, and says of each when it begins and how it ended."""
     if options.device == "cpu":
         torch.set_num_threads(1)  # small problems: threads only wait for one another
-    todo = gpu_cases.jobs(options.device, options.small)
-    if options.wrong:
-        todo = [job for job in todo if job.wrong]
+    todo = choose(options)
+    warm_up(options.device)
     failed = 0
     with Path(options.progress).open("a") as progress:
 
@@ -115,22 +138,43 @@ def jobs(options: argparse.Namespace) -> int:
             progress.flush()
 
         for index, job in enumerate(todo[options.first :], options.first):
-            head = {"index": index, "of": len(todo), "job": str(job)}
+            head = {"index": index, "of": len(todo), "job": str(job), "op": job.case.op}
+            if job.case.op in options.skip_op:
+                say(**head, skipped=True)
+                continue
+            if time.time() > options.until:
+                break
+            print(f"job {index} of {len(todo)}: {job}", flush=True)  # tells reports apart
             say(**head)
-            # Ends the process, also one that hangs in the driver.
-            faulthandler.dump_traceback_later(options.job_seconds, exit=True)
-            begin, error = time.perf_counter(), None
-            try:
-                job.run(options.device)
-            except Exception:
-                error = traceback.format_exc(limit=-3)
-            faulthandler.cancel_dump_traceback_later()
+            begin = time.perf_counter()
+            error = attempt(job, options)
             seconds = round(time.perf_counter() - begin, 3)
             say(**head, ok=error is None, seconds=seconds, **({"error": error} if error else {}))
             failed += error is not None
             if error and not device_still_works(options.device):
                 return 3  # the next process goes on
     return 1 if failed else 0
+
+
+def attempt(job, options: argparse.Namespace) -> str | None:
+    """What went wrong, if anything did."""
+    # Ends the process, also one that hangs in the driver.
+    faulthandler.dump_traceback_later(options.job_seconds, exit=True)
+    try:
+        job.run(options.device)
+    except Exception:
+        return traceback.format_exc(limit=-3)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return None
+
+
+def warm_up(device: str) -> None:
+    """What only the first use of a GPU takes is not the first job's fault."""
+    faulthandler.dump_traceback_later(WARM_UP_SECONDS, exit=True)
+    if device == "cuda":
+        torch.ones(64, device=device).sum().item()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def device_still_works(device: str) -> bool:
@@ -151,7 +195,12 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--wrong", action="store_true", help="only jobs with wrong values")
-    parser.add_argument("--job-seconds", type=float, default=60)
+    parser.add_argument("--no-graphs", action="store_true", help="no jobs that capture graphs")
+    parser.add_argument("--skip-op", action="append", default=[], help="an operator to leave out")
+    parser.add_argument("--job-seconds", type=float, default=20)
+    parser.add_argument(
+        "--until", type=float, default=math.inf, help="begin no job after this time.time()"
+    )
     options = parser.parse_args()
     if options.what == "jobs":
         return jobs(options)
