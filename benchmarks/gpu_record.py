@@ -1,184 +1,176 @@
-"""The steps of gpu_record.sh; imports no torch. gpu_smoke.py has the machinery.
+"""The order of gpu_record.sh's steps and what is kept of them; imports no torch. gpu_steps.py has the steps.
 
 Every step is a process of its own with a bound in seconds. OUT/record.json says what became of each, and
-OUT/NAME.json is what the step found. Steps that passed are not run again.
+OUT/NAME.json is what the step found. A step that is finished is not run again; the others are, those that no
+call has tried yet before those that failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import shutil
+import os
 import sys
-from dataclasses import dataclass
+import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from gpu_smoke import ROOT, Run, end_of, outcome, summarize
+from gpu_run import ROOT, Run, Stopped, stop_on_signals, stopped, summarize
+from gpu_smoke import NO_DEVICE
+from gpu_steps import FINISHED, STEPS, Step, bodies
 
-CEILINGS = ROOT / "benchmarks" / "gpu" / "ceilings.cu"
-NO_DEVICE = 2  # exit status of gpu_smoke.py
-
-
-@dataclass(frozen=True)
-class Step:
-    name: str
-    seconds: int  # at most
-    arguments: tuple[str, ...]  # of python -m benchmarks.kernels
-    what: str
+SHOWN = 2500  # characters of a step's output
+PACKED_EVERY = 20  # seconds
 
 
-# In the order of what is wanted most. Ratios hold within a step: its contenders take turns in one process.
-RECORDS = (
-    Step("fused-16K", 150, ("fused", "--max-length", "16384"), "forward beside its peers, to 16K"),
-    Step("backward-16K", 120, ("backward", "--max-length", "16384"), "gradients, to 16K"),
-    Step("fused-64K", 150, ("fused", "--lengths", "65536"), "forward at 64K"),
-    Step("decode", 90, ("decode",), "one token, 16K to 1M"),
-    Step("stages", 120, ("pool", "search", "attend", "--max-length", "65536"), "stages apart"),
-    Step("backward-64K", 150, ("backward", "--lengths", "65536"), "gradients at 64K"),
-    Step("fused-256K", 200, ("fused", "--lengths", "262144"), "forward at 256K"),
-    Step("backward-256K", 200, ("backward", "--lengths", "262144"), "gradients at 256K"),
-    Step("layer", 120, ("layer-forward", "layer-train", "layer-decode"), "a Mamba-2 block"),
-)
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TUNING_SECONDS = 300
-STEPS = ("smoke", "ceilings", *(step.name for step in RECORDS), "tuning", "sanitizer")
+class Bundle:
+    """The records of a folder as one file, which is whole at any time."""
+
+    def __init__(self, path: Path, folder: Path):
+        self.path, self.folder = path, folder
+        self.packed = time.monotonic()
+
+    def refresh(self) -> None:
+        if time.monotonic() - self.packed >= PACKED_EVERY:
+            self.pack()
+
+    def pack(self) -> None:
+        part = self.path.with_name(self.path.name + ".part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(part, "w:gz") as tar:
+                for file in sorted(self.folder.glob("*.json")):
+                    self._add(tar, file)
+            os.replace(part, self.path)
+        except OSError as error:  # what is measured is still in the folder
+            print(f"--bundle {self.path}: {error}", flush=True)
+        self.packed = time.monotonic()
+
+    @staticmethod
+    def _add(tar: tarfile.TarFile, file: Path) -> None:
+        """Read first: another file may take its place meanwhile."""
+        data = file.read_bytes()
+        about = tarfile.TarInfo(file.name)
+        about.size, about.mtime = len(data), int(time.time())
+        tar.addfile(about, io.BytesIO(data))
 
 
-def finished(out: Path) -> dict:
-    """The entries of an earlier call that need no second run."""
-    path = out / "record.json"
+class Record(Run):
+    """Goes on with an earlier record, shows the end of what each step printed, and keeps the bundle."""
+
+    program = "benchmarks/gpu_record.sh"
+    least = 15
+
+    def __init__(self, options: argparse.Namespace):
+        super().__init__(options)
+        self.bundle = Bundle(options.bundle, self.path.parent) if options.bundle else None
+        self.record["steps"].update(earlier(self.path))
+
+    def waiting(self) -> None:
+        if self.bundle:
+            self.bundle.refresh()
+
+    def step(self, name: str, body: Callable[[dict], None]) -> dict:
+        before = self.record["steps"].get(name, {})
+        if before.get("attempts") and self.left() < self.least:
+            print(f"{name}: {before['status']} before, no time left to run it again", flush=True)
+            return before
+
+        def counted(entry: dict) -> None:
+            entry.update(attempts=before.get("attempts", 0) + 1, commit=self.record["commit"])
+            self.write()
+            body(entry)
+
+        try:
+            return super().step(name, counted)
+        finally:
+            if self.output:
+                print(self.output[-SHOWN:].rstrip(), flush=True)
+            if self.bundle:
+                self.bundle.pack()
+
+    def finish(self, status: int) -> int:
+        status = super().finish(status)
+        if self.bundle:
+            self.bundle.pack()
+        return status
+
+
+def earlier(path: Path) -> dict:
+    """The entries of an earlier call; one that was killed could not say what became of its step."""
     steps = json.loads(path.read_text())["steps"] if path.exists() else {}
-    return {name: entry for name, entry in steps.items() if entry["status"] == "passed"}
+    for entry in steps.values():
+        if entry["status"] == "under way":
+            entry.update(status="failed", reason="the call ended in it")
+        if entry["status"] != "not reached":
+            entry.setdefault("attempts", 1)
+    return steps
 
 
-def smoke(run: Run, out: Path, seconds: int, *arguments: str):
-    """gpu_smoke.py with a record of its own."""
-    name = "sanitizer" if "sanitizer" in arguments else "smoke"
-
-    def body(entry: dict) -> None:
-        path = out / f"{name}.json"
-        command = [sys.executable, ROOT / "benchmarks" / "gpu_smoke.py", "--out", path]
-        command += ["--device", run.options.device, "--seconds", str(seconds), *arguments]
-        status, text = run.call(command, seconds + 20)
-        summary = json.loads(path.read_text())["summary"] if path.exists() else end_of(text)
-        entry.update(status="failed" if status else "passed", reason=summary, exit=status)
-
-    return body
-
-
-def ceilings(run: Run, out: Path):
-    def body(entry: dict) -> None:
-        if shutil.which("nvcc") is None:
-            entry.update(status="missing", reason="nvcc is not on PATH")
-            return
-        program = out / "ceilings"
-        flags = ["-O3", "-std=c++17", "-arch=native", "-I", ROOT / "csrc"]
-        status, text = run.call(["nvcc", *flags, CEILINGS, "-o", program], 90)
-        if status == 0:
-            status, text = run.call([program], 90)
-            program.unlink()
-        if status == 0:
-            (out / "ceilings.json").write_text(text)
-        entry.update(status="failed" if status else "passed")
-        if status:
-            entry.update(reason=outcome(status), output=end_of(text))
-
-    return body
-
-
-def kernels(run: Run, out: Path, step: Step):
-    def body(entry: dict) -> None:
-        prefix = out / step.name
-        command = [sys.executable, "-m", "benchmarks.kernels", *step.arguments]
-        command += ["--device", run.options.device, "--output", prefix, "--seconds", "0.3"]
-        for name in ("nsa", "flashmoba"):
-            if getattr(run.options, name):
-                command += [f"--{name}", getattr(run.options, name)]
-        if run.options.device == "cpu":
-            command += ["--smoke", "--baselines", "none"]
-        status, text = run.call(command, step.seconds)
-        path = prefix.with_name(prefix.name + ".json")
-        record = json.loads(path.read_text()) if path.exists() else {"rows": {}, "complete": False}
-        bad = [id for id, row in record["rows"].items() if row["status"] in ("wrong", "error")]
-        entry.update(rows=len(record["rows"]), whole=record["complete"], wrong_or_error=bad)
-        passed = status == 0 and record["complete"]
-        entry.update(status="passed" if passed else "failed", reason=step.what)
-        if not passed:
-            entry.update(reason=f"{step.what}: {outcome(status)}", output=end_of(text))
-
-    return body
-
-
-def tuning(run: Run, out: Path):
-    """What plans weigh kernels with, value beside value; nothing is changed by it."""
-
-    def body(entry: dict) -> None:
-        path = out / "tuning.json"
-        command = [sys.executable, "-m", "benchmarks.kernels.tune", "--output", path]
-        command += ["--device", run.options.device]
-        if run.options.device == "cpu":
-            command += ["--smoke", "--seconds", "0"]
-        status, text = run.call(command, TUNING_SECONDS)
-        record = json.loads(path.read_text()) if path.exists() else {"rows": [], "complete": False}
-        failed = [row for row in record["rows"] if row["status"] != "ok"]
-        entry.update(rows=len(record["rows"]), whole=record["complete"], failed=failed)
-        passed = status == 0 and record["complete"]
-        entry.update(status="passed" if passed else "failed", reason="sweeps of the plans' numbers")
-        if not passed:
-            entry.update(reason=f"sweeps: {outcome(status)}", output=end_of(text))
-
-    return body
+def order(wanted: list[str], before: dict, again: bool) -> list[str]:
+    """What is to be done, what was tried least first."""
+    todo = [step.name for step in STEPS if step.name in wanted]
+    if again:
+        return todo
+    todo = [name for name in todo if before.get(name, {}).get("status") not in FINISHED]
+    return sorted(todo, key=lambda name: before.get(name, {}).get("attempts", 0))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    lines = "\n".join(f"  {s.name:<14}{s.what}, at most {s.seconds} s" for s in RECORDS)
+    def line(step: Step) -> str:
+        return f"  {step.name:<14}{step.what}, at most {step.seconds} s"
+
     parser = argparse.ArgumentParser(
         prog="benchmarks/gpu_record.sh",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"steps, in this order:\n  smoke\n  ceilings\n{lines}\n  tuning\n  sanitizer",
+        description="steps, in this order:\n" + "\n".join(map(line, STEPS)),
     )
+    names = [step.name for step in STEPS]
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "build" / "gpu-record", help="folder of the records")
+    add(
+        "--bundle",
+        type=Path,
+        metavar="PATH.tar.gz",
+        help="all records in one file, kept up to date",
+    )
     add("--seconds", type=float, default=540, help="for the whole call (default: %(default)s)")
-    add("--steps", default=",".join(STEPS), help="only these (default: all)")
+    add("--steps", default=",".join(names), help="only these (default: all)")
+    add("--again", action="store_true", help="run these steps anew, finished or not")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, tiny shapes")
     add("--nsa", type=Path, help="checkout of native-sparse-attention-triton")
     add("--flashmoba", type=Path, help="checkout of flash-moba, built")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.steps.split(",") if name not in STEPS]
+    unknown = [name for name in options.steps.split(",") if name not in names]
     if unknown:
-        parser.error(f"--steps: expected some of {', '.join(STEPS)}, got {', '.join(unknown)}")
+        parser.error(f"--steps: expected some of {', '.join(names)}, got {', '.join(unknown)}")
     return options
+
+
+def run_steps(run: Record, out: Path) -> int:
+    before, again = run.record["steps"], run.options.again
+    todo = order(run.options.steps.split(","), before, again)
+    body = bodies(run, out)
+    for name in todo:
+        entry = run.step(name, body[name])
+        if name == "smoke" and entry.get("exit") == NO_DEVICE:  # nothing else stops the others
+            summarize(run)
+            return NO_DEVICE
+    return summarize(run)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    out, wanted = options.out, options.steps.split(",")
-    before = finished(out)
-    options.out = out / "record.json"
-    run = Run(options)
-    run.record["command"] = run.record["command"].replace("gpu_smoke.sh", "gpu_record.sh")
-    run.record["steps"].update(before)
-    bodies = {
-        "smoke": smoke(run, out, 150, "--small", "--steps", "cases,debug"),
-        "ceilings": ceilings(run, out),
-        **{step.name: kernels(run, out, step) for step in RECORDS},
-        "tuning": tuning(run, out),
-        "sanitizer": smoke(run, out, 500, "--small", "--steps", "sanitizer"),
-    }
-    status = None
-    for name in STEPS:
-        if name not in wanted or name in before:
-            continue
-        entry = run.step(name, bodies[name])
-        if name == "smoke" and entry["status"] == "failed":
-            # Wrong kernels are not worth timing.
-            status = 2 if entry.get("exit") == NO_DEVICE else 1
-            break
-    found = summarize(run)
-    run.write()
-    print(f"{run.record['summary']}\nrecord: {run.path}")
-    return found if status is None else status
+    out, options.out = options.out, options.out / "record.json"
+    run = Record(options)
+    stop_on_signals()
+    try:
+        status = run_steps(run, out)
+    except Stopped as stop:
+        status = stopped(run, stop)
+    return run.finish(status)
 
 
 if __name__ == "__main__":
