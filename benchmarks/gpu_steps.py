@@ -40,17 +40,20 @@ def _timed(name: str, seconds: int, what: str, operators: str, *lengths: str, **
 
 _TO_16K, _TO_64K = ("--max-length", "16384"), ("--max-length", "65536")
 # Ratios hold within a step: its contenders take turns in one process. The first five fit into one call of
-# nine minutes, and so do the next four; what comes last is long or may be missing.
+# nine minutes, and so do the next five; what comes last is long or may be missing.
 STEPS = (
-    Step("smoke", 180, "do the operators compute what they must"),
+    Step(
+        "smoke", 180, "do the operators compute what they must: the small cases, and wrong values"
+    ),
     Step("ceilings", 70, "what the machine can do"),
     _timed("fused-16K", 130, "forward beside its peers, to 16K", "fused", *_TO_16K),
     _timed("decode", 60, "one token, 16K to 1M", "decode"),
     _timed("backward-16K", 95, "gradients, to 16K", "backward", *_TO_16K),
-    _timed("fused-64K", 150, "forward at 64K", "fused", "--lengths", "65536"),
-    _timed("backward-64K", 120, "gradients at 64K", "backward", "--lengths", "65536"),
-    _timed("stages", 100, "stages apart", "pool search attend", *_TO_64K),
-    Step("tuning", 165, "sweeps of the plans' numbers"),
+    Step("cases", 110, "all cases on the device, on streams of their own and in graphs"),
+    _timed("fused-64K", 130, "forward at 64K", "fused", "--lengths", "65536"),
+    _timed("backward-64K", 100, "gradients at 64K", "backward", "--lengths", "65536"),
+    _timed("stages", 80, "stages apart", "pool search attend", *_TO_64K),
+    Step("tuning", 115, "sweeps of the plans' numbers"),
     Step("memcheck", 140, "reads and writes out of bounds"),
     Step("racecheck", 140, "races in shared memory"),
     _timed("fused-256K", 90, "forward at 256K", "fused", "--lengths", "262144"),
@@ -75,7 +78,9 @@ def bodies(run: Run, out: Path) -> dict[str, Body]:
     found = {step.name: kernels(run, out, step) for step in STEPS if step.operators}
     for tool in TOOLS:
         found[tool] = sanitizer(run, tool, lambda tool=tool: steps[tool].seconds)
-    found["smoke"] = smoke(run, out, steps["smoke"].seconds)
+    small = ("--small", "--steps", "cases,debug")
+    found["smoke"] = smoke(run, out, steps["smoke"], *small)
+    found["cases"] = smoke(run, out, steps["cases"], "--steps", "cases")
     found["ceilings"] = ceilings(run, out, steps["ceilings"].seconds)
     found["tuning"] = tuning(run, out, steps["tuning"].seconds)
     return found
@@ -84,15 +89,15 @@ def bodies(run: Run, out: Path) -> dict[str, Body]:
 # --- smoke test, ceilings -------------------------------------------------------------------------
 
 
-def smoke(run: Run, out: Path, seconds: int) -> Body:
+def smoke(run: Run, out: Path, step: Step, *arguments: str) -> Body:
     """gpu_smoke.py with a record of its own."""
 
     def body(entry: dict) -> None:
-        path = out / "smoke.json"
+        path = out / f"{step.name}.json"
         path.unlink(missing_ok=True)
-        limit = min(seconds, run.left())
-        command = [sys.executable, ROOT / "benchmarks" / "gpu_smoke.py", "--out", path, "--small"]
-        command += ["--device", run.options.device, "--steps", "cases,debug"]
+        limit = min(step.seconds, run.left())
+        command = [sys.executable, ROOT / "benchmarks" / "gpu_smoke.py", "--out", path, *arguments]
+        command += ["--device", run.options.device]
         status, text = run.call([*command, "--seconds", limit - 8], limit)
         record = json.loads(path.read_text()) if path.exists() else {"summary": end_of(text)}
         entry.update(exit=status, reason=record["summary"])

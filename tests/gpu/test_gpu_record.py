@@ -181,7 +181,7 @@ def test_a_smoke_test_that_ran_to_its_end_is_not_repeated(tmp_path, monkeypatch,
         return 1, ""
 
     monkeypatch.setattr(run, "call", call)
-    entry = run.step("smoke", gpu_steps.smoke(run, tmp_path, 60))
+    entry = run.step("smoke", gpu_steps.smoke(run, tmp_path, gpu_steps.Step("smoke", 60, "")))
     assert (entry["status"], entry["reason"]) == (status, "some failed")
     assert (entry["status"] in gpu_steps.FINISHED) == (status == "wrong")
 
