@@ -32,6 +32,7 @@ class Step:
     operators: tuple[str, ...] = ()  # of python -m benchmarks.kernels
     lengths: tuple[str, ...] = ()
     baselines: tuple[str, ...] = BASELINES
+    flags: tuple[str, ...] = ()
 
 
 def _timed(name: str, seconds: int, what: str, operators: str, *lengths: str, **more) -> Step:
@@ -54,6 +55,15 @@ STEPS = (
     _timed("backward-64K", 100, "gradients at 64K", "backward", "--lengths", "65536"),
     _timed("stages", 80, "stages apart", "pool search attend", *_TO_64K),
     Step("tuning", 115, "sweeps of the plans' numbers"),
+    _timed(
+        "parts",
+        60,
+        "what our kernels take, by torch's profiler",
+        "fused backward",
+        *("--lengths", "16384,65536"),
+        baselines=(),
+        flags=("--parts",),
+    ),
     Step("memcheck", 140, "reads and writes out of bounds"),
     Step("racecheck", 140, "races in shared memory"),
     _timed("fused-256K", 90, "forward at 256K", "fused", "--lengths", "262144"),
@@ -167,7 +177,7 @@ def kernels(run: Run, out: Path, step: Step) -> Body:
         prefix = out / step.name
         command = [sys.executable, "-m", "benchmarks.kernels", *step.operators]
         command += ["--device", run.options.device, "--output", prefix]
-        command += ["--seconds", "0.3", "--no-plots"]
+        command += ["--seconds", "0.3", "--no-plots", *step.flags]
         if run.options.device == "cpu":
             command += ["--smoke"]
         else:
