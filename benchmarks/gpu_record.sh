@@ -15,4 +15,4 @@ python=${PYTHON:-}
 if [ -z "$python" ]; then
   if [ -x .venv/bin/python ]; then python=.venv/bin/python; else python=python3; fi
 fi
-exec "$python" benchmarks/gpu_record.py "$@"
+exec "$python" benchmarks/gpu/gpu_record.py "$@"

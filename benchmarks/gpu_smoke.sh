@@ -14,4 +14,4 @@ python=${PYTHON:-}
 if [ -z "$python" ]; then
   if [ -x .venv/bin/python ]; then python=.venv/bin/python; else python=python3; fi
 fi
-exec "$python" benchmarks/gpu_smoke.py "$@"
+exec "$python" benchmarks/gpu/gpu_smoke.py "$@"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 import gpu_run  # noqa: E402
 
 
@@ -96,14 +96,14 @@ def test_the_end_cannot_be_stopped():
             raise SystemExit(stop.status)
     """
     command = [sys.executable, "-c", textwrap.dedent(text)]
-    assert subprocess.run(command, cwd=ROOT / "benchmarks").returncode == 143
+    assert subprocess.run(command, cwd=ROOT / "benchmarks" / "gpu").returncode == 143
 
 
 def test_a_signal_ends_all_and_leaves_the_records(tmp_path):
     """gpu_record.py, the gpu_smoke.py that it has started, and the readelf of that one, which hangs."""
     pid, out, bundle = tmp_path / "pid", tmp_path / "out", tmp_path / "all.tar.gz"
     script(tmp_path / "readelf", f"echo $$ >{pid}.part; mv {pid}.part {pid}; exec sleep 60")
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_record.py", "--device", "cpu"]
+    command = [sys.executable, ROOT / "benchmarks" / "gpu" / "gpu_record.py", "--device", "cpu"]
     command += ["--out", out, "--bundle", bundle, "--steps", "smoke,decode"]
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(

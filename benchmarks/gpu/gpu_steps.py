@@ -106,7 +106,13 @@ def smoke(run: Run, out: Path, step: Step, *arguments: str) -> Body:
         path = out / f"{step.name}.json"
         path.unlink(missing_ok=True)
         limit = min(step.seconds, run.left())
-        command = [sys.executable, ROOT / "benchmarks" / "gpu_smoke.py", "--out", path, *arguments]
+        command = [
+            sys.executable,
+            ROOT / "benchmarks" / "gpu" / "gpu_smoke.py",
+            "--out",
+            path,
+            *arguments,
+        ]
         command += ["--device", run.options.device]
         status, text = run.call([*command, "--seconds", limit - 8], limit)
         record = json.loads(path.read_text()) if path.exists() else {"summary": end_of(text)}

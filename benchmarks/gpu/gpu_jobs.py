@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpu_run import ROOT, Run, end_of, outcome
 
-WORKER = ROOT / "benchmarks" / "gpu_smoke_worker.py"
+WORKER = ROOT / "benchmarks" / "gpu" / "gpu_smoke_worker.py"
 MAX_RESTARTS = 25
 MAX_CRASHES = 2  # of one operator
 

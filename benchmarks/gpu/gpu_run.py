@@ -21,7 +21,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 POLL = 2  # seconds between two looks at a child
 GRACE = 15  # seconds behind its limit after which a child is left alone: no signal ends it
 
