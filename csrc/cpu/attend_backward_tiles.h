@@ -81,11 +81,11 @@ class TileBackward {
 
  private:
   void gather(const RowTile& tile, const Rows& from, uint16_t* to) const {
-    for (int64_t i = 0; i < tile.count; ++i, to += dim_) {
-      std::memcpy(to, from.at(tile.sequence->batch, tile.query(i), tile.head(i)),
-                  static_cast<size_t>(head_dim_) * 2);
+    for_each_gathered(tile, from, head_dim_, [&](const void* row) {
+      std::memcpy(to, row, static_cast<size_t>(head_dim_) * 2);
       std::fill(to + head_dim_, to + dim_, uint16_t{0});
-    }
+      to += dim_;
+    });
   }
 
   void copy(const TileRows& from, uint16_t* to) const {

@@ -93,13 +93,32 @@ inline void accumulator_rows(const RowTile& tile, int32_t* rows) {
   }
 }
 
+// Heads lie apart, so each row is in a page of its own, and the processor does not foresee the next.
+constexpr int64_t kRowsAhead = 8;
+
+inline void fetch(const void* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b);
+}
+
+// Calls body(row) for the rows of a tile in turn, and fetches those ahead.
+template <class Body>
+void for_each_gathered(const RowTile& tile, const Rows& from, int64_t dim, const Body& body) {
+  const auto row_at = [&](int64_t i) { return from.at(tile.sequence->batch, tile.query(i), tile.head(i)); };
+  const int64_t bytes = dim * size_of(from.dtype);
+  for (int64_t i = 0; i < tile.count; ++i) {
+    if (i + kRowsAhead < tile.count) fetch(row_at(i + kRowsAhead), bytes);
+    body(row_at(i));
+  }
+}
+
 template <class A>
 void gather_rows(const RowTile& tile, const Rows& from, int64_t dim, A* to) {
   const int64_t width = padded(dim);
-  for (int64_t i = 0; i < tile.count; ++i, to += width) {
-    kernels<A>().load_row(from.dtype, from.at(tile.sequence->batch, tile.query(i), tile.head(i)), to, dim);
+  for_each_gathered(tile, from, dim, [&](const void* row) {
+    kernels<A>().load_row(from.dtype, row, to, dim);
     std::fill(to + dim, to + width, A(0));
-  }
+    to += width;
+  });
 }
 
 // What a range of queries has accumulated so far, [queries of the range, G].

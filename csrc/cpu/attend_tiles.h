@@ -97,12 +97,6 @@ class TileAttention {
   }
 
  private:
-  static constexpr int64_t kAhead = 8;
-
-  static void fetch(const void* row, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b);
-  }
-
   void load_queries(const Task& task) {
     const int64_t group = p_.shape.heads / p_.shape.kv_heads, dim = p_.shape.head_dim;
     const int64_t rows = (task.end - task.begin) * group;
@@ -111,8 +105,7 @@ class TileAttention {
     };
     uint16_t* to = queries_.data();
     for (int64_t row = 0; row < rows; ++row, to += width(dim)) {
-      // Heads lie apart, each row in a page of its own: the processor does not foresee the next.
-      if (row + kAhead < rows) fetch(row_at(row + kAhead), dim * 2);
+      if (row + kRowsAhead < rows) fetch(row_at(row + kRowsAhead), dim * 2);
       std::memcpy(to, row_at(row), static_cast<size_t>(dim) * 2);
       std::fill(to + dim, to + width(dim), uint16_t{0});
     }
