@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from test_layer import BASE, CASES, D_MODEL, HEADS, LAYOUT_CASES, inputs, last_token, make
+from layer_support import BASE, CASES, D_MODEL, HEADS, LAYOUT_CASES, inputs, last_token, make
 
 import resona_ext._layer_search as search_module
 from resona_ext import ChunkCache, Resona

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_layer import TOP_K, inputs, make
+from layer_support import TOP_K, inputs, make
 
 import resona_ext
 from resona_ext import Resona
