@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from made_up import program
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
@@ -119,12 +120,6 @@ def make(tmp_path, *arguments: str) -> gpu_record.Record:
 def keep(tmp_path, **statuses: str) -> None:
     steps = {name: {"status": status} for name, status in statuses.items()}
     (tmp_path / "record.json").write_text(json.dumps({"steps": steps}))
-
-
-def program(path: Path, text: str) -> Path:
-    path.write_text(f"#!{sys.executable}\n{text}")
-    path.chmod(0o755)
-    return path
 
 
 def test_what_was_never_tried_comes_first_and_what_is_finished_not_at_all(tmp_path):

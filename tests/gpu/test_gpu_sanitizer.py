@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from made_up import program
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
@@ -50,9 +51,7 @@ WRITE = "========= Invalid __global__ write of size 4 bytes\n=========     at ke
 def run(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
-    tool = folder / "compute-sanitizer"
-    tool.write_text(f"#!{sys.executable}\n{textwrap.dedent(TOOL)}")
-    tool.chmod(0o755)
+    program(folder / "compute-sanitizer", textwrap.dedent(TOOL))
     worker = tmp_path / "worker.py"
     worker.write_text(textwrap.dedent(WORKER))
     monkeypatch.setattr(gpu_jobs, "WORKER", worker)
