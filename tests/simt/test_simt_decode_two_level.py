@@ -8,7 +8,7 @@ import pytest
 import sanitized
 import torch
 from attend_cases import ANY, DTYPES, name_of
-from decode_cases import ATTEND, SELECT, Decode, one_thread  # noqa: F401
+from decode_problems import ATTEND, SELECT, Decode, one_thread  # noqa: F401
 from harness import SCHEDULES
 from hypothesis import given, settings
 from hypothesis import strategies as st
