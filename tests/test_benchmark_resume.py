@@ -42,7 +42,7 @@ def test_a_lost_device_ends_the_process_and_the_next_one_goes_on_behind_it(monke
     assert status == cli.DEVICE_LOST and not first["complete"]
     assert [row["status"] for row in first["rows"].values()] == ["ok", "error"]
     status, second = run(tmp_path / "run", "pool", "--resume")
-    assert status == 0 and second["complete"]
+    assert status == 1 and second["complete"]  # one of them failed
     assert list(second["rows"])[:2] == list(first["rows"]) and len(second["rows"]) == 3
     assert second["rows"].items() >= first["rows"].items()
     assert second["ceilings"] == first["ceilings"]
@@ -55,7 +55,7 @@ def test_a_device_that_still_works_goes_on(monkeypatch, tmp_path):
     assert status == 1 and found["complete"] and len(found["rows"]) == 3
 
 
-@pytest.mark.parametrize("fact", ["commit", "library", "device", "threads"])
+@pytest.mark.parametrize("fact", ["commit", "library", "torch", "device", "gpu", "cpu", "threads"])
 def test_a_record_of_another_build_is_not_gone_on_with(fact, tmp_path, capsys):
     _, first = run(tmp_path / "run", "pool")
     first["machine"][fact] = "another"
@@ -85,11 +85,15 @@ def test_the_commit_can_be_told(monkeypatch, tmp_path):
     assert found["machine"]["commit"] == "abc123"
 
 
-@pytest.mark.parametrize("text", ['{"a": 1}\n{"b": 2}\n', '{\n "a": 1,\n "b": 2\n}\n'])
-def test_ceilings_of_another_program(text, tmp_path):
-    path = tmp_path / "ceilings.json"
-    path.write_text(text)
-    assert cli._measured(path) == {"a": 1, "b": 2}
+@pytest.mark.parametrize("chosen, left_out", [(None, {"flex"}), ("sdpa,flex", {"flex"})])
+def test_baselines_can_be_left_out(chosen, left_out):
+    """Unlike those that are asked for, they need not be there."""
+    more = ["--baselines", chosen] if chosen else []
+    arguments = cli.build_parser().parse_args(["--smoke", "pool", "--without", "flex,nsa", *more])
+    plan = cli.make_plan(arguments)
+    assert "sdpa" in plan.baselines and not left_out & plan.baselines.keys()
+    assert plan.reasons["flex"] == plan.reasons["nsa"] == "not asked for"
+    assert cli.main(["--smoke", "pool", "--without", "nonsense"]) == 2
 
 
 def test_ceilings_that_cannot_be_read_get_one_line(tmp_path, capsys):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,9 +17,7 @@ FINISHED = ("passed", "wrong")  # wrong: all of it ran, and not all of it was ri
 DEVICE_LOST = 3  # exit status of the benchmarks: nothing works on the GPU until the process ends
 MORE_PROCESSES = 5  # after such ends
 # FlexAttention compiles for a minute and has a step of its own; plain SDPA holds all scores.
-BASELINES = ("torch", "sdpa", "sdpa-flash", "sdpa-cudnn", "gather", "gather-whole")
-PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn"}
-UNUSABLE = re.compile(r"--baselines: (\S+) cannot be used")
+BESIDE_PEERS = ("--without", "flex,sdpa-math")
 
 
 @dataclass(frozen=True)
@@ -31,8 +27,7 @@ class Step:
     what: str
     operators: tuple[str, ...] = ()  # of python -m benchmarks.kernels
     lengths: tuple[str, ...] = ()
-    baselines: tuple[str, ...] = BASELINES
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = BESIDE_PEERS
 
 
 def _timed(name: str, seconds: int, what: str, operators: str, *lengths: str, **more) -> Step:
@@ -61,8 +56,7 @@ STEPS = (
         "what our kernels take, by torch's profiler",
         "fused backward",
         *("--lengths", "16384,65536"),
-        baselines=(),
-        flags=("--parts",),
+        flags=("--parts", "--baselines", "none"),
     ),
     Step("memcheck", 140, "reads and writes out of bounds"),
     Step("racecheck", 140, "races in shared memory"),
@@ -74,7 +68,7 @@ STEPS = (
         "FlexAttention, which compiles for long",
         "attend backward",
         *("--lengths", "16384"),
-        baselines=("flex",),
+        flags=("--baselines", "flex"),
     ),
     Step("initcheck", 140, "reads of what nobody wrote"),
     Step("synccheck", 140, "barriers that not all reach"),
@@ -185,7 +179,7 @@ def kernels(run: Run, out: Path, step: Step) -> Body:
         command += ["--device", run.options.device, "--output", prefix]
         command += ["--seconds", "0.3", "--no-plots", *step.flags]
         if run.options.device == "cpu":
-            command += ["--smoke"]
+            command += ["--smoke", "--baselines", "none"]
         else:
             command += step.lengths
         for name in ("nsa", "flashmoba"):
@@ -194,7 +188,7 @@ def kernels(run: Run, out: Path, step: Step) -> Body:
         if (out / "ceilings.json").exists():
             command += ["--ceilings", out / "ceilings.json"]
         path = out / f"{step.name}.json"
-        status, text = timed(run, entry, command, step.seconds, path, peers(run, step))
+        status, text = timed(run, entry, command, step.seconds, path)
         record = json.loads(path.read_text()) if path.exists() else {"rows": {}, "complete": False}
         bad = [id for id, row in record["rows"].items() if row["status"] in ("wrong", "error")]
         entry.update(rows=len(record["rows"]), whole=record["complete"], wrong_or_error=bad)
@@ -221,43 +215,18 @@ def tuning(run: Run, out: Path, seconds: int) -> Body:
     return body
 
 
-def peers(run: Run, step: Step) -> list[str]:
-    """Baselines to ask for by name. Of packages only that they are there is known yet."""
-    if run.options.device == "cpu":
-        return []
-    names = list(step.baselines)
-    if step.baselines is BASELINES:
-        names += [name for name in ("nsa", "flashmoba") if getattr(run.options, name)]
-        names += [name for name, package in PACKAGES.items() if importlib.util.find_spec(package)]
-    return [name for name in names if name not in run.record.get("unusable", {})]
-
-
-def timed(
-    run: Run,
-    entry: dict,
-    command: list,
-    seconds: float,
-    path: Path,
-    baselines: list[str] | None = None,
-) -> tuple[int, str]:
-    """Status and output of a benchmark that goes on with the record at path, in as many processes as needed.
-
-    There is a next one where the GPU was lost, or where a baseline turned out not to be usable.
-    """
+def timed(run: Run, entry: dict, command: list, seconds: float, path: Path) -> tuple[int, str]:
+    """Status and output of a benchmark that goes on with the record at path, in a new process where the GPU
+    was lost."""
     until = time.monotonic() + min(seconds, run.left())
     if run.options.again:
         path.unlink(missing_ok=True)
     entry["processes"] = 0
     while True:
-        asked = ["--baselines", ",".join(baselines) or "none"] if baselines is not None else []
         resume = ["--resume"] if path.exists() else []
-        status, text = run.call([*command, *asked, *resume], until - time.monotonic())
+        status, text = run.call([*command, *resume], until - time.monotonic())
         entry["processes"] += 1
-        unusable = UNUSABLE.search(text) if status == 2 and baselines else None
-        if unusable and unusable[1] in baselines:
-            baselines.remove(unusable[1])
-            run.record.setdefault("unusable", {})[unusable[1]] = text.strip().splitlines()[-1]
-        elif status != DEVICE_LOST or entry["processes"] > MORE_PROCESSES:
+        if status != DEVICE_LOST or entry["processes"] > MORE_PROCESSES:
             return status, text
         if until - time.monotonic() < 10:
             return status, text

@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtypes", metavar="A,B", help=f"only these of {_names(shapes.DTYPES)}")
     add("--patterns", metavar="A,B", help=f"only these of {_names(shapes.PATTERNS)}")
     add("--baselines", metavar="A,B", help='only these, "none" for none; default: all there are')
+    add("--without", metavar="A,B", help="all baselines there are but these")
     add("--nsa", type=Path, metavar="PATH", help="checkout of native-sparse-attention-triton")
     add("--flashmoba", type=Path, metavar="PATH", help="checkout of flash-moba, built")
     add("--seconds", type=float, default=1.0, help="per contender and case (default: %(default)s)")
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="leave out calls that are foreseen to take longer (default: %(default)s)",
     )
-    add("--ceilings", type=Path, metavar="JSON", help="what benchmarks/gpu/ceilings.cu found here")
+    add("--ceilings", type=Path, metavar="JSON", help="what gpu_record.sh's ceilings found here")
     add("--parts", action="store_true", help="GPU: what our kernels take, by torch's profiler")
     add("--resume", action="store_true", help="go on with the record that is there, of this build")
     add("--no-plots", action="store_true", help="figures can be drawn from the record later")
@@ -105,7 +106,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     checkouts = Checkouts(arguments.nsa, arguments.flashmoba)
     for flag, path in (("--nsa", arguments.nsa), ("--flashmoba", arguments.flashmoba)):
         _require(path is None or path.is_dir(), f"{flag} {path}: no such directory")
-    usable, reasons = _baselines(arguments.baselines, device, checkouts)
+    usable, reasons = _baselines(arguments.baselines, arguments.without, device, checkouts)
     scale = "smoke" if arguments.smoke else device
     budget = replace(Budget(), seconds=arguments.seconds)
     return Plan(
@@ -125,11 +126,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _measured(path: Path | None) -> dict:
-    """Figures of benchmarks/gpu/ceilings.cu, one JSON object or one a line."""
     try:
-        text = path.read_text() if path else "{}"
-        pieces = [text] if text.startswith("{\n") else text.splitlines()
-        return {name: value for piece in pieces for name, value in json.loads(piece).items()}
+        return json.loads(path.read_text()) if path else {}
     except (OSError, ValueError) as error:
         raise CliError(f"--ceilings {path}: {error}") from error
 
@@ -156,10 +154,12 @@ def _chosen(flag: str, text: str | None, known) -> tuple[str, ...]:
     return names
 
 
-def _baselines(text: str | None, device: str, checkouts: Checkouts):
+def _baselines(text: str | None, without: str | None, device: str, checkouts: Checkouts):
     """Those that can be used, and the reasons of the others."""
     known = all_baselines()
     names = () if text == "none" else _chosen("--baselines", text, known)
+    left_out = _chosen("--without", without or "", known)
+    names = tuple(name for name in names if name not in left_out)
     usable, reasons = {}, {}
     for name in names:
         reason = known[name].missing(device, checkouts)
@@ -205,6 +205,7 @@ def run(plan: Plan, argv: Sequence[str], resume: bool = False, with_plots: bool 
     before = record.path_of(plan.output, "json")
     if resume and before.exists() and not runner.record.resume(record.load(before)):
         print(f"{before} is of another build or machine: from the beginning")
+    runner.failures = record.count_failures(runner.record.rows.values(), plan.baselines)
     status.done = sum(runner.record.has(case.id) for _, case in cases)
     runner.measure_ceilings()
     status.clear()

@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -74,8 +75,15 @@ class Record:
 
 
 def same_build(one: dict, other: dict) -> bool:
-    """By the headers of two records."""
-    return all(one.get(x) == other.get(x) for x in ("commit", "library", "device", "threads"))
+    """By the headers of two records: the same code, on the same kind of machine."""
+    facts = ("commit", "library", "torch", "device", "gpu", "cpu", "threads")
+    return all(one.get(fact) == other.get(fact) for fact in facts)
+
+
+def count_failures(rows: Iterable[dict], baselines: Iterable[str]) -> int:
+    """Results of ours that were wrong or raised."""
+    ours = (row for row in rows if row["contender"] not in baselines)
+    return sum(row["status"] in ("wrong", "error") for row in ours)
 
 
 def path_of(prefix: Path, ending: str) -> Path:

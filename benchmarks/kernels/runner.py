@@ -14,7 +14,7 @@ from . import ceilings, data, model, parts
 from .baselines import Baseline, Checkouts
 from .data import Case
 from .operators import OPERATORS, OURS, Contender
-from .record import Record
+from .record import Record, count_failures
 from .shapes import Sweep
 from .timer import (
     Budget,
@@ -139,8 +139,7 @@ class Runner:
             self.history[self._key(case, name)] = (case.shape.length, timing.median)
         if OURS in timings and self.plan.parts:
             rows[OURS] |= self._parts(ready[OURS])
-        ours = (row for name, row in rows.items() if name not in self.plan.baselines)
-        self.failures += sum(row["status"] in ("wrong", "error") for row in ours)
+        self.failures += count_failures(rows.values(), self.plan.baselines)
         if "indices" in vars(case):
             self.record.selection[case.id] = data.locality(case.indices)
         return list(rows.values())

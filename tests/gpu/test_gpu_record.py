@@ -62,15 +62,15 @@ def test_every_step_names_operators_lengths_and_baselines_of_the_suite():
 
     timed = [step for step in gpu_steps.STEPS if step.operators]
     for step in timed:
-        arguments = build_parser().parse_args([*step.operators, *step.lengths])
+        arguments = build_parser().parse_args([*step.operators, *step.lengths, *step.flags])
         for operator in arguments.operators:
             sweeps = [sweep for sweep in GPU_SUITE if sweep.operator == operator]
             lengths = {str(n) for sweep in sweeps for n in sweep.lengths}
             assert lengths, f"{step.name}: {operator}"
             assert set((arguments.lengths or "").split(",")) - {""} <= lengths, step
-    asked = {name for step in timed for name in step.baselines} | gpu_steps.PACKAGES.keys()
-    assert asked | {"nsa", "flashmoba", "sdpa-math"} == all_baselines().keys()
-    assert [step.name for step in timed if "flex" in step.baselines] == ["flex"]
+        for names in (arguments.baselines, arguments.without):
+            assert names in (None, "none") or set(names.split(",")) <= all_baselines().keys(), step
+    assert [step.name for step in timed if "--without" not in step.flags] == ["parts", "flex"]
 
 
 def test_the_calls_of_the_readme_are_all_steps_and_fit():
@@ -223,10 +223,6 @@ import json, os, pathlib, sys
 calls = pathlib.Path(__file__).with_suffix(".calls")
 with calls.open("a") as file:
     print(json.dumps(sys.argv[1:]), file=file)
-asked = sys.argv[sys.argv.index("--baselines") + 1].split(",")
-if "fa2" in asked:
-    print("benchmarks.kernels: error: --baselines: fa2 cannot be used, not importable, flash_attn: no")
-    sys.exit(2)
 lost = len(calls.read_text().splitlines()) <= int(os.environ["LOSSES"])
 record = {"complete": not lost, "rows": json.loads(os.environ.get("ROWS", "{}"))}
 pathlib.Path(sys.argv[sys.argv.index("--output") + 1] + ".json").write_text(json.dumps(record))
@@ -238,7 +234,6 @@ sys.exit(3 if lost else 1)
 def benchmark(tmp_path, monkeypatch):
     """Stands for the Python that runs `-m benchmarks.kernels`."""
     monkeypatch.setattr(gpu_steps.sys, "executable", str(program(tmp_path / "python", BENCHMARK)))
-    monkeypatch.setattr(gpu_steps.importlib.util, "find_spec", lambda package: None)
     monkeypatch.setenv("LOSSES", "0")
     calls = tmp_path / "python.calls"
     return lambda: [json.loads(line) for line in calls.read_text().splitlines()]
@@ -272,17 +267,14 @@ def test_wrong_rows_are_told(tmp_path, benchmark, monkeypatch, row, status):
     assert entry["status"] == status and entry["wrong_or_error"] == (["a"] if row != "ok" else [])
 
 
-def test_baselines_are_asked_for_where_they_may_be_there(tmp_path, benchmark, monkeypatch):
-    found = {"flash_attn": "a package"}
-    monkeypatch.setattr(gpu_steps.importlib.util, "find_spec", found.get)
+def test_steps_go_beside_all_peers_but_those_with_a_step_of_their_own(tmp_path, benchmark):
     run = make(tmp_path, "--nsa", str(tmp_path))
     bodies = gpu_steps.bodies(run, tmp_path)
-    for name in ("fused-64K", "backward-64K", "flex"):
-        assert run.step(name, bodies[name])["status"] == "passed"
-    asked = [call[call.index("--baselines") + 1].split(",") for call in benchmark()]
-    always = ["torch", "sdpa", "sdpa-flash", "sdpa-cudnn", "gather", "gather-whole", "nsa"]
-    assert asked == [[*always, "fa2", "fa4"], [*always, "fa4"], [*always, "fa4"], ["flex"]]
-    assert "not importable" in run.record["unusable"]["fa2"]
+    for name in ("fused-64K", "flex"):
+        run.step(name, bodies[name])
+    fused, flex = benchmark()
+    assert fused[fused.index("--without") + 1] == "flex,sdpa-math" and "--baselines" not in fused
+    assert flex[flex.index("--baselines") + 1] == "flex" and "--nsa" in flex
 
 
 def test_measured_ceilings_are_passed_on(tmp_path, benchmark):
