@@ -22,6 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
 
 import torch  # noqa: E402
 
+from benchmarks.kernels.timer import device_works  # noqa: E402
+
 WARM_UP_SECONDS = 120
 GRAPHS = ("graph", "replays")  # modes of jobs that capture one
 
@@ -151,7 +153,7 @@ def jobs(options: argparse.Namespace) -> int:
             seconds = round(time.perf_counter() - begin, 3)
             say(**head, ok=error is None, seconds=seconds, **({"error": error} if error else {}))
             failed += error is not None
-            if error and not device_still_works(options.device):
+            if error and not device_works(options.device):
                 return 3  # the next process goes on
     return 1 if failed else 0
 
@@ -175,16 +177,6 @@ def warm_up(device: str) -> None:
     if device == "cuda":
         torch.ones(64, device=device).sum().item()
     faulthandler.cancel_dump_traceback_later()
-
-
-def device_still_works(device: str) -> bool:
-    """After a fault nothing works until the process ends."""
-    try:
-        if device == "cuda":
-            torch.ones(1, device=device).sum().item()
-    except Exception:
-        return False
-    return True
 
 
 def main() -> int:

@@ -203,7 +203,7 @@ def device_works(device: str) -> bool:
     try:
         if device == "cuda":
             torch.ones(1, device=device).sum().item()
-    except RuntimeError:
+    except Exception:
         return False
     return True
 

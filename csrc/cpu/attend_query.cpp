@@ -8,6 +8,7 @@
 // Keys and values of a token lie in rows of [Hkv, D], so its heads are read one after another. A row is done
 // at once: no lists, no accumulators, and the output is written from its beginning to its end.
 #include "cpu/attend_finish.h"
+#include "cpu/attend_tile.h"
 #include "cpu/stage_clock.h"
 #include "cpu/stages.h"
 
@@ -24,9 +25,8 @@ struct Scratch {
   Buffer<A> query, weight, sum;
 };
 
-void fetch(const char* row, int64_t stride, int64_t rows, int64_t bytes) {
-  for (int64_t i = 0; i < rows; ++i, row += stride)
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+void fetch_rows(const char* row, int64_t stride, int64_t rows, int64_t bytes) {
+  for (int64_t i = 0; i < rows; ++i, row += stride) fetch(row, bytes);
 }
 
 template <class A>
@@ -72,8 +72,8 @@ class RowAttention {
     for (int64_t slot = 0; slot < p_.shape.top_k; ++slot) {
       if (chunk[slot] < 0) continue;
       const int64_t token = chunk[slot] * p_.shape.chunk_size;
-      fetch(rows_of(p_.key, kv_head) + token * key, key, p_.shape.chunk_size, bytes);
-      fetch(rows_of(p_.value, kv_head) + token * value, value, p_.shape.chunk_size, bytes);
+      fetch_rows(rows_of(p_.key, kv_head) + token * key, key, p_.shape.chunk_size, bytes);
+      fetch_rows(rows_of(p_.value, kv_head) + token * value, value, p_.shape.chunk_size, bytes);
     }
   }
 

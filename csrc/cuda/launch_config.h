@@ -1,4 +1,4 @@
-// How a kernel is launched, as plain data.
+// How a kernel is launched, as plain data, and which grids there are.
 #pragma once
 
 #include <cstdint>

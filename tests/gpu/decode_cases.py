@@ -10,6 +10,7 @@ import torch
 from support import assert_no_worse, embeddings
 from torch import Tensor
 
+from benchmarks.kernels.timer import capture
 from resona_ext import ChunkCache, reference
 
 if TYPE_CHECKING:
@@ -230,9 +231,7 @@ def run_replays(case: Case, device: str) -> None:
             _step(cache, buffers, case)
         torch.cuda.current_stream().wait_stream(side)
         cache.reset()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = _step(cache, buffers, case)
+        graph, results = capture(lambda: _step(cache, buffers, case))
         replay = graph.replay
     for token in tokens:
         for name, t in token.items():

@@ -13,6 +13,8 @@ from gpu_operators import LAYOUTS, OPERATORS, Arguments, Case, tiny_and_huge
 from support import assert_no_worse
 from torch import Tensor
 
+from benchmarks.kernels.timer import capture
+
 
 @dataclass(frozen=True)
 class Wrong:
@@ -218,9 +220,7 @@ def run_graph(case: Case, device: str) -> None:
     with torch.cuda.stream(side):
         _step(problems[0], arguments, seeds)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs, gradients = _step(problems[0], arguments, seeds)
+    graph, (outputs, gradients) = capture(lambda: _step(problems[0], arguments, seeds))
     for problem in (problems[1], problems[0]):
         _write(arguments, problem.on(device))
         for to, new in zip(seeds, problem.seeds, strict=True):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -242,6 +243,6 @@ def test_graphs_are_of_these_modes():
     captures = {
         mode
         for mode, body in (gpu_cases.MODES | gpu_cases.REPLAYS).items()
-        if "torch.cuda.graph(" in inspect.getsource(body)
+        if re.search(r"\bcapture\(|torch\.cuda\.graph\(", inspect.getsource(body))
     }
     assert captures == set(gpu_smoke_worker.GRAPHS)
